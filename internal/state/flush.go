@@ -1,0 +1,212 @@
+package state
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"runtime/debug"
+	"time"
+
+	bolt "go.etcd.io/bbolt"
+)
+
+// openDatabase opens or makes the database and reads its records.
+func (s *Store) openDatabase(path string) error {
+	err := s.readDatabase(path)
+	if err == nil {
+		return nil
+	}
+	if errors.Is(err, errBusy) {
+		return fmt.Errorf("open %s: another podshim has it open; each needs a root directory of its own", path)
+	}
+	if _, serr := os.Stat(path); serr != nil {
+		return fmt.Errorf("open %s: %w", path, classify(err))
+	}
+	aside := path + ".damaged-" + time.Now().UTC().Format("20060102T150405Z")
+	s.log.WithError(err).WithField("kept_as", aside).
+		Error("the state database is damaged: making a new one from the run directory")
+	clear(s.records)
+	s.seq = 0
+	if err := os.Rename(path, aside); err != nil {
+		return fmt.Errorf("set the damaged database aside: %w", err)
+	}
+	if err := s.readDatabase(path); err != nil {
+		return fmt.Errorf("open %s: %w", path, classify(err))
+	}
+	return nil
+}
+
+// errBusy is the lock of the database held by another process.
+var errBusy = errors.New("database is locked")
+
+// readDatabase opens the database and loads its records. bbolt panics or faults
+// on some kinds of damage; that is an error here.
+func (s *Store) readDatabase(path string) (err error) {
+	var db *bolt.DB
+	// A truncated file faults where bbolt has mapped more than there is.
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("read %s: %v", path, p)
+		}
+		if err != nil && db != nil {
+			err = errors.Join(err, db.Close())
+		}
+	}()
+	db, err = bolt.Open(path, 0o600, &bolt.Options{
+		Timeout:      time.Second,
+		FreelistType: bolt.FreelistMapType,
+	})
+	if errors.Is(err, bolt.ErrTimeout) {
+		return errBusy
+	}
+	if err != nil {
+		return err
+	}
+	err = db.Update(func(tx *bolt.Tx) error {
+		for _, kind := range kinds {
+			if _, err := tx.CreateBucketIfNotExists([]byte(kind)); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	err = db.View(func(tx *bolt.Tx) error {
+		for _, kind := range kinds {
+			err := tx.Bucket([]byte(kind)).ForEach(func(id, raw []byte) error {
+				e, err := decode(raw)
+				if err != nil {
+					s.log.WithError(err).WithField("record", string(kind)+"/"+string(id)).
+						Error("a record of the state database is damaged: left out")
+					return nil
+				}
+				s.records[key{kind, string(id)}] = e
+				s.seq = max(s.seq, e.seq)
+				return nil
+			})
+			if err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	s.db = db
+	return nil
+}
+
+// mergeRunDir takes from the run directory what is later than the database's,
+// and gives it what it lacks.
+func (s *Store) mergeRunDir() error {
+	here := make(map[key]bool)
+	for _, kind := range kinds {
+		found, err := s.readRun(kind)
+		if err != nil {
+			return err
+		}
+		for id, e := range found {
+			k := key{kind, id}
+			here[k] = true
+			if old, known := s.records[k]; !known || e.seq > old.seq {
+				s.records[k] = e
+				s.dirty[k] = struct{}{}
+			} else if e.seq < old.seq {
+				here[k] = false
+			}
+			s.seq = max(s.seq, e.seq)
+		}
+	}
+	for k, e := range s.records {
+		if here[k] {
+			continue
+		}
+		if err := s.writeRun(k, e); err != nil {
+			return fmt.Errorf("restore record %s %s: %w", k.kind, k.id, classify(err))
+		}
+	}
+	return nil
+}
+
+// nudge wakes the flusher.
+func (s *Store) nudge() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		return
+	}
+	select {
+	case s.wake <- struct{}{}:
+	default: // it will see this change too
+	}
+}
+
+// flusher carries changes to the database until wake is closed. What changes
+// while it writes goes into the next transaction.
+func (s *Store) flusher() {
+	defer close(s.done)
+	for range s.wake {
+		if err := s.flush(); err != nil {
+			s.log.WithError(err).Error("records are in the run directory only; the database will be tried again")
+			time.AfterFunc(retryFlush, s.nudge)
+		}
+	}
+}
+
+// flush writes all dirty records in one transaction.
+func (s *Store) flush() error {
+	s.mu.Lock()
+	batch := make(map[key]entry, len(s.dirty))
+	for k := range s.dirty {
+		batch[k] = s.records[k]
+	}
+	s.mu.Unlock()
+	if len(batch) == 0 {
+		return nil
+	}
+	err := s.db.Update(func(tx *bolt.Tx) error {
+		for k, e := range batch {
+			b := tx.Bucket([]byte(k.kind))
+			if e.deleted {
+				if err := b.Delete([]byte(k.id)); err != nil {
+					return err
+				}
+			} else if err := b.Put([]byte(k.id), e.encode()); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+
+	s.mu.Lock()
+	s.stalled = err
+	var buried []key
+	if err == nil {
+		for k, e := range batch {
+			if s.records[k].seq != e.seq {
+				continue // changed again meanwhile
+			}
+			delete(s.dirty, k)
+			if e.deleted {
+				delete(s.records, k)
+				buried = append(buried, k)
+			} else {
+				s.records[k] = entry{seq: e.seq}
+			}
+		}
+	}
+	s.flushed.Broadcast()
+	s.mu.Unlock()
+	for _, k := range buried {
+		// IDs are never used twice, so no later record can be hit.
+		if err := os.Remove(s.runPath(k)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			s.log.WithError(err).Warn("a deleted record's file stays in the run directory")
+		}
+	}
+	return err
+}
