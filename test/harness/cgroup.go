@@ -1,0 +1,187 @@
+package harness
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// hierarchy is one mounted cgroup filesystem.
+type hierarchy struct {
+	root string
+	// controllers are the v1 controllers; empty on v2 and for name=systemd.
+	controllers []string
+	v2          bool
+}
+
+// hierarchies reads which cgroup filesystems this machine has.
+func hierarchies() []hierarchy {
+	data, _ := os.ReadFile("/proc/self/mountinfo")
+	var found []hierarchy
+	for _, m := range parseMounts(string(data)) {
+		switch m.Type {
+		case "cgroup2":
+			found = append(found, hierarchy{root: m.Point, v2: true})
+		case "cgroup":
+			found = append(found, hierarchy{root: m.Point, controllers: m.Super})
+		}
+	}
+	return found
+}
+
+// CgroupV2 tells whether the controllers are in the unified hierarchy.
+func CgroupV2() bool {
+	var st unix.Statfs_t
+	return unix.Statfs("/sys/fs/cgroup", &st) == nil && st.Type == unix.CGROUP2_SUPER_MAGIC
+}
+
+// unifiedRoot is where cgroup2 is mounted, with controllers or without.
+func unifiedRoot() (string, error) {
+	for _, h := range hierarchies() {
+		if h.v2 {
+			return h.root, nil
+		}
+	}
+	return "", errors.New("no cgroup2 is mounted")
+}
+
+// MakeCgroup makes a cgroup in every hierarchy, the way kubelet makes the
+// cgroup of a pod before it asks for the sandbox. The path starts at the
+// hierarchy's root.
+func MakeCgroup(path string) error {
+	for _, h := range hierarchies() {
+		if err := makeCgroupIn(h, path); err != nil {
+			return fmt.Errorf("make cgroup %s in %s: %w", path, h.root, err)
+		}
+	}
+	return nil
+}
+
+func makeCgroupIn(h hierarchy, path string) error {
+	dir := h.root
+	for _, name := range strings.Split(strings.Trim(path, "/"), "/") {
+		parent := dir
+		dir = filepath.Join(dir, name)
+		if h.v2 {
+			enableControllers(parent)
+		}
+		if err := os.Mkdir(dir, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
+			return err
+		}
+		if err := inheritCpuset(parent, dir); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// enableControllers hands every controller down one level. One that cannot be
+// handed down (the cpu controller beside real-time processes) is left out.
+func enableControllers(dir string) {
+	list, _ := os.ReadFile(filepath.Join(dir, "cgroup.controllers"))
+	for _, name := range strings.Fields(string(list)) {
+		_ = os.WriteFile(filepath.Join(dir, "cgroup.subtree_control"), []byte("+"+name), 0)
+	}
+}
+
+// inheritCpuset fills in what a new cpuset v1 cgroup lacks: it starts empty and
+// takes no process before it has CPUs and memory nodes.
+func inheritCpuset(parent, dir string) error {
+	for _, file := range []string{"cpuset.cpus", "cpuset.mems"} {
+		have, err := os.ReadFile(filepath.Join(dir, file))
+		if err != nil || strings.TrimSpace(string(have)) != "" {
+			continue
+		}
+		above, err := os.ReadFile(filepath.Join(parent, file))
+		if err != nil || len(strings.TrimSpace(string(above))) == 0 {
+			continue
+		}
+		if err := os.WriteFile(filepath.Join(dir, file), above, 0); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// RemoveCgroup removes a cgroup and those below it from every hierarchy.
+// Processes in it make it fail; a cgroup that is not there is success.
+func RemoveCgroup(path string) error {
+	var errs []error
+	for _, h := range hierarchies() {
+		dirs := cgroupsBelow(filepath.Join(h.root, path))
+		for i := len(dirs) - 1; i >= 0; i-- {
+			if err := os.Remove(dirs[i]); err != nil && !errors.Is(err, fs.ErrNotExist) {
+				errs = append(errs, err)
+			}
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// cgroupsBelow lists dir and the directories below it, parents first.
+func cgroupsBelow(dir string) []string {
+	var dirs []string
+	_ = filepath.WalkDir(dir, func(path string, e fs.DirEntry, err error) error {
+		if err != nil {
+			return fs.SkipDir
+		}
+		if e.IsDir() {
+			dirs = append(dirs, path)
+		}
+		return nil
+	})
+	return dirs
+}
+
+// CgroupDir is the directory of the process's cgroup for a controller; on v2
+// the controller does not matter.
+func (p Process) CgroupDir(controller string) (string, error) {
+	for line := range strings.Lines(p.Cgroup) {
+		parts := strings.SplitN(strings.TrimSpace(line), ":", 3)
+		if len(parts) != 3 {
+			continue
+		}
+		if CgroupV2() && parts[0] == "0" {
+			return filepath.Join("/sys/fs/cgroup", parts[2]), nil
+		}
+		for _, name := range strings.Split(parts[1], ",") {
+			if name == controller && name != "" {
+				return filepath.Join(controllerRoot(name), parts[2]), nil
+			}
+		}
+	}
+	return "", fmt.Errorf("%v has no cgroup of controller %s", p, controller)
+}
+
+func controllerRoot(controller string) string {
+	for _, h := range hierarchies() {
+		for _, name := range h.controllers {
+			if name == controller {
+				return h.root
+			}
+		}
+	}
+	return "/sys/fs/cgroup/" + controller
+}
+
+// CgroupValue reads a file of the process's cgroup, blanks around cut off. v1
+// and v2 name the file; on v1 the part before the first dot is the controller
+// (cpu,cpuacct files too).
+func (p Process) CgroupValue(v1, v2 string) (string, error) {
+	file := v1
+	if CgroupV2() {
+		file = v2
+	}
+	controller, _, _ := strings.Cut(v1, ".")
+	dir, err := p.CgroupDir(controller)
+	if err != nil {
+		return "", err
+	}
+	data, err := os.ReadFile(filepath.Join(dir, file))
+	return strings.TrimSpace(string(data)), err
+}
