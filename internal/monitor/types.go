@@ -1,85 +1,18 @@
 package monitor
 
-import (
-	"os"
-	"syscall"
-	"time"
+import "github.com/podshim/podshim/internal/monitor/wire"
 
-	"github.com/opencontainers/runtime-spec/specs-go"
+// The messages are the wire's own; see there for their fields.
+type (
+	StartRequest  = wire.StartRequest
+	Process       = wire.Process
+	Exit          = wire.Exit
+	Status        = wire.Status
+	Event         = wire.Event
+	ExecRequest   = wire.ExecRequest
+	AttachRequest = wire.AttachRequest
 )
-
-// StartRequest describes one container to create and start.
-type StartRequest struct {
-	// ID is the container's (or sandbox's) ID; one podmon never holds it twice.
-	ID string `json:"id"`
-	// Spec is the whole OCI description. Root.Path is mounted already;
-	// Process.Terminal decides between pipes and a pseudo terminal.
-	Spec *specs.Spec `json:"spec"`
-	// Stdin keeps standard input open; without it the container reads /dev/null.
-	Stdin bool `json:"stdin,omitempty"`
-	// LogRoot and LogPath name the CRI log: LogPath is relative to LogRoot and
-	// may not leave it. An empty LogPath means that nobody reads the output
-	// (stdout and stderr are /dev/null when Discard is set, else attachable).
-	LogRoot string `json:"log_root,omitempty"`
-	LogPath string `json:"log_path,omitempty"`
-	// Discard gives the container /dev/null for all its stdio (infra).
-	Discard bool `json:"discard,omitempty"`
-}
-
-// Process identifies a running process for good: a PID alone may be reused.
-type Process struct {
-	PID       int    `json:"pid"`
-	StartTime uint64 `json:"start_time"` // clock ticks after boot, field 22 of /proc/PID/stat
-}
-
-// Exit is how a process ended.
-type Exit struct {
-	// Code is 0-255, or 128+signal. It means nothing unless Known: the kernel
-	// tells a code to the parent only (before Linux 6.15), and a code nobody
-	// heard is unknown, never invented.
-	Code  int32 `json:"code"`
-	Known bool  `json:"known"`
-	// OOMKilled: the process was killed, and its cgroup's oom_kill counter moved.
-	OOMKilled bool      `json:"oom_killed,omitempty"`
-	At        time.Time `json:"at"`
-}
-
-// Status is what a monitor knows of one container.
-type Status struct {
-	ID      string  `json:"id"`
-	Process Process `json:"process"`
-	// Exit is nil while PID 1 runs.
-	Exit *Exit `json:"exit,omitempty"`
-}
-
-// Event tells that a container's PID 1 ended, its output is wholly in the log,
-// and no process of it is left.
-type Event struct {
-	ID   string `json:"id"`
-	Exit Exit   `json:"exit"`
-}
-
-// ExecRequest runs a process in a running container.
-type ExecRequest struct {
-	ContainerID string `json:"container_id"`
-	// Process is complete: args, env, cwd, user, capabilities, terminal.
-	Process *specs.Process `json:"process"`
-	// The ends the process gets; nil is /dev/null. Unused with a terminal.
-	// The caller closes its copies when Exec has returned.
-	Stdin, Stdout, Stderr *os.File `json:"-"`
-}
-
-// AttachRequest copies a running container's output to the given write ends
-// until the container ends or the reader goes away. A reader that is slower
-// than the container is cut off; the container never waits for it.
-type AttachRequest struct {
-	ContainerID string   `json:"container_id"`
-	Stdout      *os.File `json:"-"` // terminal output too
-	Stderr      *os.File `json:"-"`
-}
 
 // KillAll is the Signal target that means every process of the container, not
 // PID 1 alone.
 const KillAll = true
-
-var _ = syscall.SIGKILL

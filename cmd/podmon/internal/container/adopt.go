@@ -1,0 +1,175 @@
+package container
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"syscall"
+	"time"
+
+	"github.com/opencontainers/runc/libcontainer"
+
+	"github.com/podshim/podshim/cmd/podmon/internal/crilog"
+	"github.com/podshim/podshim/internal/monitor/wire"
+)
+
+// Adopt takes over a container from a podmon that died or released it. The files
+// are duplicates that the daemon kept; those that are missing are opened anew
+// where that is possible (output FIFOs, the pidfd), and gone where it is not
+// (standard input, a terminal).
+//
+// A container whose start was cut short is killed and removed, and
+// the answer is NotFound. One that has exited keeps its exit.
+func (m *Manager) Adopt(ctx context.Context, id string, files *wire.Message) (*Container, error) {
+	c, err := m.claim(id)
+	if err != nil {
+		return nil, err
+	}
+	err = c.adopt(ctx, files)
+	m.settle(c, err)
+	if err != nil {
+		return nil, fmt.Errorf("adopt %s: %w", id, err)
+	}
+	if !c.hasExited() {
+		go c.watch()
+	}
+	return c, nil
+}
+
+func (c *Container) adopt(ctx context.Context, files *wire.Message) error {
+	found, err := load(c.dir, recordFile, &c.rec)
+	if err != nil {
+		return err
+	}
+	var exit wire.Exit
+	if ok, err := load(c.dir, exitFile, &exit); err != nil {
+		return err
+	} else if ok {
+		c.exit = &exit
+		close(c.gone)
+		return nil
+	}
+	if !found || c.rec.Process.PID == 0 {
+		err := c.m.DeleteUnknown(ctx, c.ID)
+		return errors.Join(wire.Errorf(wire.ClassNotFound, "container %s was never started", c.ID), err)
+	}
+	if c.cgroup, err = cgroupAt(c.rec); err != nil {
+		return err
+	}
+	if c.lc, err = libcontainer.Load(c.m.stateRoot(), c.ID); err != nil {
+		if !errors.Is(err, libcontainer.ErrNotExist) {
+			return fmt.Errorf("load: %w", err)
+		}
+		return c.lost(ctx) // podmon died between removing the state and recording the exit
+	}
+	if c.pidfd = files.File(wire.FilePidfd); c.pidfd == nil {
+		if c.pidfd, err = openPidfd(c.rec.Process); err != nil {
+			return c.lost(ctx)
+		}
+	}
+	c.rec.Owner = c.m.Owner
+	if err := save(c.dir, recordFile, c.rec); err != nil {
+		return fmt.Errorf("record: %w", err)
+	}
+	return c.resumeOutput(files)
+}
+
+// lost settles a container that ended while nobody watched, so that its exit
+// code is not known.
+func (c *Container) lost(ctx context.Context) error {
+	exit := wire.Exit{At: time.Now()}
+	if status, ok := c.rec.Process.ZombieStatus(); ok {
+		exit.Known = true
+		exit = exitOf(syscall.WaitStatus(status), true, exit.At)
+	}
+	if err := killAll(ctx, c.cgroup); err != nil {
+		return err
+	}
+	c.drainLost()
+	var err error
+	if c.lc != nil {
+		err = c.lc.Destroy()
+	} else {
+		err = c.cgroup.Destroy()
+	}
+	if err != nil {
+		return fmt.Errorf("remove container: %w", err)
+	}
+	if err := save(c.dir, exitFile, exit); err != nil {
+		return fmt.Errorf("record exit: %w", err)
+	}
+	c.exit = &exit
+	close(c.gone)
+	return nil
+}
+
+// drainLost writes what the files still hold to the log.
+func (c *Container) drainLost() {
+	if err := c.resumeOutput(&wire.Message{}); err != nil {
+		c.log().WithError(err).Warn("read remaining output")
+		return
+	}
+	if c.output != nil {
+		if err := c.output.Drain(drainLimit); err != nil {
+			c.log().WithError(err).Warn("close log")
+		}
+	}
+}
+
+func (c *Container) resumeOutput(files *wire.Message) (err error) {
+	var log *crilog.Log
+	if c.rec.LogPath != "" {
+		if log, err = crilog.Open(c.rec.LogRoot, c.rec.LogPath); err != nil {
+			// The container must be drained all the same.
+			c.log().WithError(err).Warn("open log")
+		}
+	}
+	c.handles.stdin = files.Fd(wire.FileStdin)
+	c.handles.console = files.Fd(wire.FileConsole)
+	if c.rec.Terminal {
+		if c.handles.console < 0 {
+			return nil // both its holders died, and the terminal with them
+		}
+		dup, err := duplicate(c.handles.console)
+		if err != nil {
+			return fmt.Errorf("duplicate console: %w", err)
+		}
+		c.output = c.attachOutput(log, dup, nil)
+		return nil
+	}
+	if c.rec.Discard {
+		return nil
+	}
+	ends := map[string]*os.File{}
+	for _, name := range []string{wire.FileStdout, wire.FileStderr} {
+		if ends[name] = files.File(name); ends[name] == nil {
+			if ends[name], err = openFifo(filepath.Join(c.dir, name)); err != nil {
+				return err
+			}
+		}
+	}
+	c.output = c.attachOutput(log, ends[wire.FileStdout], ends[wire.FileStderr])
+	return nil
+}
+
+// Release stops reading and forgets the container, which runs on; another
+// podmon can adopt it when Release has returned. As long as this process lives
+// it stays the parent of PID 1, and reaps it.
+func (c *Container) Release() error {
+	c.mu.Lock()
+	if c.exit != nil {
+		c.mu.Unlock()
+		c.m.forget(c)
+		return nil
+	}
+	c.released = true
+	c.handles.close()
+	c.mu.Unlock()
+	c.m.forget(c)
+	if c.output == nil {
+		return nil
+	}
+	return c.output.Release()
+}

@@ -1,0 +1,458 @@
+// Package container runs containers with libcontainer. It is the only part of
+// podshim that links it.
+//
+// A container's life here:
+//
+//	Start ----> running --(PID 1 ends)--> exited ----> Delete
+//	Adopt ----/       \--(Release)--> another podmon's
+//
+// What must outlive podmon is in files: libcontainer's state in RunDir/state,
+// and for each container a directory RunDir/containers/ID with the record, the
+// FIFOs of its output, incomplete lines, and in the end the exit.
+//
+// The container holds its output FIFOs open for reading and writing. So writing
+// never raises SIGPIPE, not even while no podmon and no daemon is there: the
+// writer waits when the FIFO is full, and the next podmon opens the same FIFO by
+// its path and goes on reading.
+package container
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"regexp"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/opencontainers/cgroups"
+	_ "github.com/opencontainers/cgroups/devices" // lets cgroup managers set device rules
+	"github.com/opencontainers/cgroups/manager"
+	"github.com/opencontainers/runc/libcontainer"
+	"github.com/sirupsen/logrus"
+	"golang.org/x/sys/unix"
+
+	"github.com/podshim/podshim/cmd/podmon/internal/stdio"
+	"github.com/podshim/podshim/internal/monitor/wire"
+)
+
+const (
+	// killLimit is how long killing what is left of a container may take. Only
+	// processes in uninterruptible sleep take longer than milliseconds.
+	killLimit = 30 * time.Second
+	// drainLimit is how long output may stay open after the last process of the
+	// container has ended: a descriptor was passed elsewhere.
+	drainLimit = 2 * time.Second
+)
+
+// Config is what all containers of a podmon share.
+type Config struct {
+	RunDir        string
+	Owner         string // this podmon's instance name
+	SystemdCgroup bool
+	// OnExit is told of every exit, after everything of the container is gone
+	// and the exit is on file. It must not block.
+	OnExit func(wire.Event)
+}
+
+// Manager holds a podmon's containers.
+type Manager struct {
+	Config
+
+	mu         sync.Mutex
+	containers map[string]*Container
+	execs      atomic.Int64 // running ones
+}
+
+// Container is one container of this podmon.
+type Container struct {
+	ID  string
+	m   *Manager
+	dir string
+
+	// ready is closed when Start or Adopt is over; the fields below are set then
+	// and never again, and are nil when it failed.
+	ready   chan struct{}
+	err     error
+	rec     record
+	lc      *libcontainer.Container
+	process *libcontainer.Process // nil when adopted: PID 1 is not our child
+	cgroup  cgroups.Manager
+	pidfd   *os.File
+	output  *stdio.Output
+
+	// setting is held for writing while limits change, for reading while a
+	// process is started.
+	setting sync.RWMutex
+
+	mu       sync.Mutex
+	handles  handles
+	exit     *wire.Exit
+	released bool
+	gone     chan struct{} // closed after exit is set and published
+}
+
+// handles are the descriptors that podmon keeps open and never reads, by number:
+// see wire.Message. -1 is none.
+type handles struct {
+	stdin   int // write end
+	console int // master
+}
+
+func (h *handles) close() {
+	for _, fd := range []*int{&h.stdin, &h.console} {
+		if *fd >= 0 {
+			unix.Close(*fd)
+		}
+		*fd = -1
+	}
+}
+
+// NewManager makes a Manager on RunDir.
+func NewManager(c Config) (*Manager, error) {
+	m := &Manager{Config: c, containers: map[string]*Container{}}
+	for _, dir := range []string{m.stateRoot(), m.containerRoot()} {
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return nil, err
+		}
+	}
+	return m, nil
+}
+
+func (m *Manager) stateRoot() string     { return filepath.Join(m.RunDir, "state") }
+func (m *Manager) containerRoot() string { return filepath.Join(m.RunDir, "containers") }
+
+// validID is what is a file name here and an ID for libcontainer.
+var validID = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.+-]{0,127}$`)
+
+// claim reserves an ID, so that what is started under it is held from the first moment.
+func (m *Manager) claim(id string) (*Container, error) {
+	if !validID.MatchString(id) {
+		return nil, wire.Errorf(wire.ClassInvalid, "container id %q is not valid", id)
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.containers[id] != nil {
+		return nil, wire.Errorf(wire.ClassExists, "container %s already exists", id)
+	}
+	c := &Container{
+		ID: id, m: m, dir: filepath.Join(m.containerRoot(), id),
+		ready: make(chan struct{}), gone: make(chan struct{}), handles: handles{-1, -1},
+	}
+	m.containers[id] = c
+	return c, nil
+}
+
+// settle ends a claim: with an error the ID is free again.
+func (m *Manager) settle(c *Container, err error) {
+	if err != nil {
+		m.mu.Lock()
+		delete(m.containers, c.ID)
+		m.mu.Unlock()
+	}
+	c.err = err
+	close(c.ready)
+}
+
+// Get returns a container once it is started.
+func (m *Manager) Get(ctx context.Context, id string) (*Container, error) {
+	m.mu.Lock()
+	c := m.containers[id]
+	m.mu.Unlock()
+	if c == nil {
+		return nil, wire.Errorf(wire.ClassNotFound, "container %s is not here", id)
+	}
+	select {
+	case <-c.ready:
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+	if c.err != nil {
+		return nil, wire.Errorf(wire.ClassNotFound, "container %s could not be started: %w", id, c.err)
+	}
+	return c, nil
+}
+
+// List returns every container that is started.
+func (m *Manager) List() []wire.Status {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	list := []wire.Status{}
+	for _, c := range m.containers {
+		select {
+		case <-c.ready:
+			if c.err == nil {
+				list = append(list, c.Status())
+			}
+		default:
+		}
+	}
+	return list
+}
+
+// Busy tells whether a container or an exec would be lost with this process.
+func (m *Manager) Busy() bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return len(m.containers) > 0 || m.execs.Load() > 0
+}
+
+// Status returns the container's process and exit.
+func (c *Container) Status() wire.Status {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return wire.Status{ID: c.ID, Process: c.rec.Process, Exit: c.exit}
+}
+
+func (c *Container) hasExited() bool { return c.Status().Exit != nil }
+
+// Output is what the container writes; nil when all of it is discarded.
+func (c *Container) Output() *stdio.Output { return c.output }
+
+// Handles adds duplicates of all descriptors to an answer.
+func (c *Container) Handles(answer *wire.Message) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.exit != nil {
+		return nil
+	}
+	err := errors.Join(
+		answer.Attach(wire.FilePidfd, c.pidfd),
+		answer.AttachFd(wire.FileStdin, c.handles.stdin),
+		answer.AttachFd(wire.FileConsole, c.handles.console),
+	)
+	if err != nil || c.output == nil || c.rec.Terminal {
+		return err
+	}
+	for name, f := range c.output.Files() {
+		// A stream that has ended is closed, and needs nothing kept.
+		if err := answer.Attach(name, f); err != nil && !errors.Is(err, fs.ErrClosed) {
+			return err
+		}
+	}
+	return nil
+}
+
+// CloseStdin closes podmon's end of standard input.
+func (c *Container) CloseStdin() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.handles.stdin >= 0 {
+		unix.Close(c.handles.stdin)
+		c.handles.stdin = -1
+	}
+}
+
+// Signal sends a signal to PID 1, or to every process.
+func (c *Container) Signal(ctx context.Context, sig syscall.Signal, all bool) error {
+	if c.hasExited() {
+		return wire.Errorf(wire.ClassNotFound, "container %s has exited", c.ID)
+	}
+	if all {
+		return c.signalAll(ctx, sig)
+	}
+	err := control(c.pidfd, func(fd int) error { return unix.PidfdSendSignal(fd, sig, nil, 0) })
+	switch {
+	case errors.Is(err, unix.ESRCH):
+		return wire.Errorf(wire.ClassNotFound, "container %s has exited", c.ID)
+	case errors.Is(err, unix.EINVAL):
+		return wire.Errorf(wire.ClassInvalid, "signal %d: %w", sig, err)
+	case err != nil:
+		return fmt.Errorf("signal %d: %w", sig, err)
+	}
+	if sig == unix.SIGKILL {
+		return c.thaw()
+	}
+	return nil
+}
+
+// thaw lets a killed process die: on cgroup v1 a frozen one does not.
+func (c *Container) thaw() error {
+	state, err := c.cgroup.GetFreezerState()
+	if err == nil && state == cgroups.Frozen {
+		err = c.cgroup.Freeze(cgroups.Thawed)
+	}
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("thaw: %w", err)
+	}
+	return nil
+}
+
+func (c *Container) signalAll(ctx context.Context, sig syscall.Signal) error {
+	if sig == unix.SIGKILL {
+		return killAll(ctx, c.cgroup)
+	}
+	pids, err := processes(c.cgroup)
+	if err != nil {
+		return fmt.Errorf("processes of cgroup: %w", err)
+	}
+	for _, pid := range pids {
+		if err := unix.Kill(pid, sig); err != nil && err != unix.ESRCH {
+			return fmt.Errorf("signal %d to %d: %w", sig, pid, err)
+		}
+	}
+	return nil
+}
+
+// watch waits for PID 1's end and then leaves nothing of the container but its exit.
+func (c *Container) watch() {
+	at, err := awaitPidfd(c.pidfd)
+	if err != nil {
+		c.log().WithError(err).Error("wait for pidfd")
+		at = time.Now()
+	}
+	status, known := c.reap()
+	c.mu.Lock()
+	released := c.released
+	c.mu.Unlock()
+	if released {
+		return
+	}
+	exit := exitOf(status, known, at)
+	exit.OOMKilled = exit.Known && exit.Code == 128+int32(unix.SIGKILL) && c.oomKills() > 0
+	c.clear()
+	if err := save(c.dir, exitFile, exit); err != nil {
+		c.log().WithError(err).Error("record exit")
+	}
+	c.mu.Lock()
+	c.exit = &exit
+	c.handles.close()
+	c.pidfd.Close()
+	c.lc, c.process = nil, nil // config and seccomp profile are large
+	c.mu.Unlock()
+	close(c.gone)
+	c.m.OnExit(wire.Event{ID: c.ID, Exit: exit})
+}
+
+// reap returns PID 1's wait status; it has ended already.
+func (c *Container) reap() (syscall.WaitStatus, bool) {
+	if c.process == nil {
+		return foreignStatus(c.rec.Process, c.pidfd)
+	}
+	state, _ := c.process.Wait() // its error is a non-zero exit
+	if state == nil {
+		return foreignStatus(c.rec.Process, c.pidfd)
+	}
+	status, ok := state.Sys().(syscall.WaitStatus)
+	return status, ok
+}
+
+func (c *Container) oomKills() uint64 {
+	n, err := c.cgroup.OOMKillCount()
+	if err != nil {
+		c.log().WithError(err).Debug("read oom_kill")
+	}
+	return n
+}
+
+// clear kills what PID 1 has left behind, reads the output to its end, and
+// removes the cgroup and libcontainer's state.
+func (c *Container) clear() {
+	ctx, cancel := context.WithTimeout(context.Background(), killLimit)
+	defer cancel()
+	if err := killAll(ctx, c.cgroup); err != nil {
+		c.log().WithError(err).Warn("kill leftovers")
+	}
+	if c.output != nil {
+		if err := c.output.Drain(drainLimit); err != nil {
+			c.log().WithError(err).Warn("close log")
+		}
+	}
+	if err := c.lc.Destroy(); err != nil {
+		c.log().WithError(err).Warn("remove container")
+	}
+}
+
+// Delete kills the container if it runs, and removes all that is known of it.
+func (c *Container) Delete(ctx context.Context) error {
+	if !c.hasExited() {
+		if err := killAll(ctx, c.cgroup); err != nil {
+			return err
+		}
+		// PID 1 may have left its cgroup, which root with a writable cgroup
+		// mount can do.
+		if err := c.Signal(ctx, unix.SIGKILL, false); err != nil && wire.ToError(err).Class != wire.ClassNotFound {
+			return err
+		}
+		select {
+		case <-c.gone:
+		case <-ctx.Done():
+			return fmt.Errorf("wait for the end of PID 1: %w", ctx.Err())
+		}
+	}
+	if err := c.m.removeFiles(c.ID); err != nil {
+		return err
+	}
+	c.m.forget(c)
+	return nil
+}
+
+func (m *Manager) forget(c *Container) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.containers[c.ID] == c {
+		delete(m.containers, c.ID)
+	}
+}
+
+// removeFiles removes what Start and Adopt leave in the run directory. The
+// record goes last: as long as it is there, a later Delete finds the rest.
+func (m *Manager) removeFiles(id string) error {
+	if err := os.RemoveAll(filepath.Join(m.stateRoot(), id)); err != nil {
+		return err
+	}
+	return os.RemoveAll(filepath.Join(m.containerRoot(), id))
+}
+
+// DeleteUnknown removes what a podmon that died has left of a container that
+// nobody took over; nothing left is success.
+func (m *Manager) DeleteUnknown(ctx context.Context, id string) error {
+	if !validID.MatchString(id) {
+		return wire.Errorf(wire.ClassInvalid, "container id %q is not valid", id)
+	}
+	var rec record
+	if _, err := load(filepath.Join(m.containerRoot(), id), recordFile, &rec); err != nil {
+		logrus.WithError(err).WithField("container", id).Warn("record is unreadable; removing it")
+	}
+	if len(rec.CgroupPaths) > 0 {
+		cg, err := cgroupAt(rec)
+		if err != nil {
+			return err
+		}
+		if err := killAll(ctx, cg); err != nil {
+			return err
+		}
+		if err := cg.Destroy(); err != nil {
+			return fmt.Errorf("remove cgroup: %w", err)
+		}
+	}
+	return m.removeFiles(id)
+}
+
+// cgroupAt makes a manager for the cgroup a record names.
+func cgroupAt(rec record) (cgroups.Manager, error) {
+	cg, err := manager.NewWithPaths(&cgroups.Cgroup{
+		Systemd: rec.Systemd, Resources: &cgroups.Resources{},
+	}, rec.CgroupPaths)
+	if err != nil {
+		return nil, fmt.Errorf("cgroup: %w", err)
+	}
+	return cg, nil
+}
+
+func (c *Container) log() *logrus.Entry { return logrus.WithField("container", c.ID) }
+
+// ReopenLog opens the log's path anew, after a rotation.
+func (c *Container) ReopenLog() error {
+	if c.hasExited() {
+		return wire.Errorf(wire.ClassPrecondition, "container %s has exited", c.ID)
+	}
+	if c.output == nil {
+		return nil
+	}
+	return c.output.Reopen()
+}

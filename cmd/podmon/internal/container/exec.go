@@ -1,0 +1,153 @@
+package container
+
+import (
+	"os"
+	"syscall"
+
+	"github.com/opencontainers/runc/libcontainer"
+	"golang.org/x/sys/unix"
+
+	"github.com/podshim/podshim/internal/monitor/wire"
+)
+
+// Exec is a process started in a running container.
+type Exec struct {
+	Process wire.Process
+	// Console is the master of its terminal, for the daemon; nil without one.
+	Console *os.File
+
+	process *libcontainer.Process
+	pidfd   *os.File
+	done    chan struct{}
+	exit    wire.Exit // once done is closed
+}
+
+// Exec runs a process in the container's namespaces and cgroup, with the given
+// stdio; nil is /dev/null.
+func (c *Container) Exec(r wire.ExecRequest) (_ *Exec, err error) {
+	if c.hasExited() {
+		return nil, wire.Errorf(wire.ClassPrecondition, "exec: container %s has exited", c.ID)
+	}
+	process, err := newProcess(r.Process)
+	if err != nil {
+		return nil, err
+	}
+	var socket *consoleSocket
+	if r.Process.Terminal {
+		if socket, err = newConsoleSocket(process); err != nil {
+			return nil, err
+		}
+		defer socket.close()
+	} else {
+		giveStdio(process, r)
+	}
+	if err := c.runExec(process); err != nil {
+		return nil, err
+	}
+	c.m.execs.Add(1)
+	e := &Exec{process: process, done: make(chan struct{})}
+	defer func() {
+		if err != nil {
+			_ = process.Signal(unix.SIGKILL)
+			_, _ = process.Wait()
+			c.m.execs.Add(-1)
+		}
+	}()
+	pid, err := process.Pid()
+	if err != nil {
+		return nil, err
+	}
+	if e.Process, err = wire.Identify(pid); err != nil {
+		return nil, err
+	}
+	if e.pidfd, err = openPidfd(e.Process); err != nil {
+		return nil, err
+	}
+	if socket != nil {
+		fd, err := socket.receive()
+		if err != nil {
+			e.pidfd.Close()
+			return nil, err
+		}
+		e.Console = os.NewFile(uintptr(fd), "console")
+	}
+	go e.watch(c.m)
+	return e, nil
+}
+
+// runExec starts the process; limits do not change meanwhile.
+func (c *Container) runExec(process *libcontainer.Process) error {
+	c.setting.RLock()
+	defer c.setting.RUnlock()
+	c.mu.Lock()
+	lc := c.lc
+	c.mu.Unlock()
+	if lc == nil {
+		return wire.Errorf(wire.ClassPrecondition, "exec: container %s has exited", c.ID)
+	}
+	if err := lc.Run(process); err != nil {
+		if c.hasExited() || !c.rec.Process.Alive() {
+			return wire.Errorf(wire.ClassPrecondition, "exec: container %s has exited: %w", c.ID, err)
+		}
+		return classify("exec", err)
+	}
+	return nil
+}
+
+// giveStdio hands the request's files to the process.
+func giveStdio(process *libcontainer.Process, r wire.ExecRequest) {
+	// Typed nils would not be nil to libcontainer.
+	if r.Stdin != nil {
+		process.Stdin = r.Stdin
+	}
+	if r.Stdout != nil {
+		process.Stdout = r.Stdout
+	}
+	if r.Stderr != nil {
+		process.Stderr = r.Stderr
+	}
+}
+
+func (e *Exec) watch(m *Manager) {
+	at, _ := awaitPidfd(e.pidfd)
+	var status syscall.WaitStatus
+	state, _ := e.process.Wait() // its error is a non-zero exit
+	known := false
+	if state != nil {
+		status, known = state.Sys().(syscall.WaitStatus)
+	}
+	e.exit = exitOf(status, known, at)
+	e.pidfd.Close()
+	m.execs.Add(-1)
+	close(e.done)
+}
+
+// Done is closed when the process has ended.
+func (e *Exec) Done() <-chan struct{} { return e.done }
+
+// Exit returns how it ended, after Done.
+func (e *Exec) Exit() wire.Exit { return e.exit }
+
+// Kill sends a signal; the gone is success.
+func (e *Exec) Kill(sig syscall.Signal) error {
+	select {
+	case <-e.done:
+		return nil
+	default:
+	}
+	err := control(e.pidfd, func(fd int) error { return unix.PidfdSendSignal(fd, sig, nil, 0) })
+	if err == unix.ESRCH || e.pidfdClosed() {
+		return nil
+	}
+	return err
+}
+
+// pidfdClosed tells that watch has closed the pidfd between two steps of Kill.
+func (e *Exec) pidfdClosed() bool {
+	select {
+	case <-e.done:
+		return true
+	default:
+		return false
+	}
+}

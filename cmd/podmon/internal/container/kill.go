@@ -1,0 +1,85 @@
+package container
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"time"
+
+	"github.com/opencontainers/cgroups"
+	"golang.org/x/sys/unix"
+)
+
+// killAll kills every process in the cgroup and returns when none is left.
+//
+// cgroup v2 does it in the kernel (cgroup.kill, Linux 5.14). Elsewhere a process
+// that forks faster than it is killed would escape a list of PIDs, so from the
+// second round on the cgroup is frozen while the list is worked through.
+func killAll(ctx context.Context, cg cgroups.Manager) error {
+	for round := 0; ; round++ {
+		pids, err := processes(cg)
+		if err != nil {
+			return fmt.Errorf("processes of cgroup: %w", err)
+		}
+		if len(pids) == 0 {
+			return nil
+		}
+		if err := ctx.Err(); err != nil {
+			return fmt.Errorf("kill %d processes of cgroup: %w", len(pids), err)
+		}
+		if err := killRound(cg, pids, round > 0); err != nil {
+			return err
+		}
+		awaitDeath(ctx, pids)
+	}
+}
+
+func killRound(cg cgroups.Manager, pids []int, freeze bool) error {
+	if cgroups.IsCgroup2UnifiedMode() {
+		err := cgroups.WriteFile(cg.Path(""), "cgroup.kill", "1")
+		if err == nil || !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+	}
+	if freeze {
+		// Best effort: a process in uninterruptible sleep does not freeze, and
+		// is killed when it wakes.
+		_ = cg.Freeze(cgroups.Frozen)
+		pids, _ = processes(cg)
+	}
+	for _, pid := range pids {
+		_ = unix.Kill(pid, unix.SIGKILL) // the gone is success
+	}
+	// Killed processes die once thawed; somebody else may have frozen them.
+	if state, err := cg.GetFreezerState(); err == nil && state == cgroups.Frozen {
+		return cg.Freeze(cgroups.Thawed)
+	}
+	return nil
+}
+
+// awaitDeath waits for the processes to end, for a second at most: another
+// round then looks again.
+func awaitDeath(ctx context.Context, pids []int) {
+	deadline := time.Now().Add(time.Second)
+	for _, pid := range pids {
+		fd, err := unix.PidfdOpen(pid, unix.PIDFD_NONBLOCK)
+		if err != nil {
+			continue // gone
+		}
+		left := time.Until(deadline).Milliseconds()
+		if left > 0 && ctx.Err() == nil {
+			_, _ = unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, int(left))
+		}
+		unix.Close(fd)
+	}
+}
+
+// processes lists the cgroup and those below; a cgroup that is gone is empty.
+func processes(cg cgroups.Manager) ([]int, error) {
+	pids, err := cg.GetAllPids()
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENODEV) {
+		return nil, nil
+	}
+	return pids, err
+}

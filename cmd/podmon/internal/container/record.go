@@ -1,0 +1,61 @@
+package container
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+
+	"github.com/podshim/podshim/internal/monitor/wire"
+)
+
+// Files of a container's directory, RunDir/containers/ID. They are what the next
+// podmon goes on from.
+const (
+	recordFile = "record.json"
+	exitFile   = "exit.json"
+	restSuffix = ".rest" // an incomplete line of a stream
+)
+
+// record is what a podmon knows of a container besides libcontainer's state.
+// It is written before anything is started, and again when PID 1 runs.
+type record struct {
+	Owner       string            `json:"owner"` // instance of podmon, for the operator
+	LogRoot     string            `json:"log_root,omitempty"`
+	LogPath     string            `json:"log_path,omitempty"`
+	Terminal    bool              `json:"terminal,omitempty"`
+	Discard     bool              `json:"discard,omitempty"`
+	CgroupPaths map[string]string `json:"cgroup_paths,omitempty"`
+	Systemd     bool              `json:"systemd,omitempty"`
+	// Process is zero until the container has been started.
+	Process wire.Process `json:"process"`
+}
+
+func save(dir, name string, v any) error {
+	b, err := json.Marshal(v)
+	if err != nil {
+		return fmt.Errorf("encode %s: %w", name, err)
+	}
+	tmp := filepath.Join(dir, "."+name)
+	if err := os.WriteFile(tmp, b, 0o600); err != nil {
+		return err
+	}
+	return os.Rename(tmp, filepath.Join(dir, name))
+}
+
+// load reads a file that save wrote; ok is false when there is none.
+func load(dir, name string, v any) (ok bool, err error) {
+	b, err := os.ReadFile(filepath.Join(dir, name))
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	if err == nil {
+		err = json.Unmarshal(b, v)
+	}
+	if err != nil {
+		return false, fmt.Errorf("%s: %w", filepath.Join(dir, name), err)
+	}
+	return true, nil
+}

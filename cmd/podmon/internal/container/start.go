@@ -1,0 +1,284 @@
+package container
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"github.com/opencontainers/cgroups/manager"
+	"github.com/opencontainers/runc/libcontainer"
+	"github.com/opencontainers/runc/libcontainer/specconv"
+	"golang.org/x/sys/unix"
+
+	"github.com/podshim/podshim/cmd/podmon/internal/crilog"
+	"github.com/podshim/podshim/cmd/podmon/internal/stdio"
+	"github.com/podshim/podshim/internal/monitor/wire"
+)
+
+// Start creates a container and runs its PID 1. On an error nothing is left.
+func (m *Manager) Start(ctx context.Context, r wire.StartRequest) (*Container, error) {
+	if r.Spec == nil || r.Spec.Process == nil || r.Spec.Root == nil || r.Spec.Linux == nil {
+		return nil, wire.Errorf(wire.ClassInvalid, "start %s: spec has no process, root or linux part", r.ID)
+	}
+	c, err := m.claim(r.ID)
+	if err != nil {
+		return nil, err
+	}
+	err = c.start(r)
+	m.settle(c, err)
+	if err != nil {
+		return nil, err
+	}
+	go c.watch()
+	return c, nil
+}
+
+func (c *Container) start(r wire.StartRequest) (err error) {
+	process, err := newProcess(r.Spec.Process)
+	if err != nil {
+		return err
+	}
+	process.Init = true
+	if err := os.Mkdir(c.dir, 0o700); err != nil {
+		if errors.Is(err, os.ErrExist) {
+			return wire.Errorf(wire.ClassExists, "container %s already exists in %s", c.ID, c.dir)
+		}
+		return err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, c.m.removeFiles(c.ID))
+		}
+	}()
+	if err := c.create(r); err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			c.handles.close()
+			err = errors.Join(err, c.lc.Destroy())
+		}
+	}()
+	ends, err := c.openStdio(r, process)
+	if err != nil {
+		return err
+	}
+	defer ends.close()
+	if err := c.lc.Run(process); err != nil {
+		c.terminate(process)
+		return classify("start", err)
+	}
+	c.process = process
+	if err := c.identify(process); err != nil {
+		c.terminate(process)
+		return err
+	}
+	if err := c.readOutput(r, ends); err != nil {
+		c.pidfd.Close()
+		c.terminate(process)
+		return err
+	}
+	return nil
+}
+
+// create makes libcontainer's container and records it.
+func (c *Container) create(r wire.StartRequest) error {
+	config, err := specconv.CreateLibcontainerConfig(&specconv.CreateOpts{
+		CgroupName: c.ID, UseSystemdCgroup: c.m.SystemdCgroup, Spec: r.Spec,
+	})
+	if err != nil {
+		return wire.Errorf(wire.ClassInvalid, "spec: %w", err)
+	}
+	if c.lc, err = libcontainer.Create(c.m.stateRoot(), c.ID, config); err != nil {
+		if errors.Is(err, libcontainer.ErrExist) {
+			return wire.Errorf(wire.ClassExists, "create: %w", err)
+		}
+		return fmt.Errorf("create: %w", err)
+	}
+	state, err := c.lc.State()
+	if err != nil {
+		return fmt.Errorf("create: %w", err)
+	}
+	if c.cgroup, err = manager.NewWithPaths(config.Cgroups, state.CgroupPaths); err != nil {
+		return fmt.Errorf("cgroup: %w", err)
+	}
+	c.rec = record{
+		Owner: c.m.Owner, LogRoot: r.LogRoot, LogPath: r.LogPath, Discard: r.Discard,
+		Terminal: r.Spec.Process.Terminal, Systemd: c.m.SystemdCgroup, CgroupPaths: state.CgroupPaths,
+	}
+	if err := save(c.dir, recordFile, c.rec); err != nil {
+		return fmt.Errorf("record: %w", err)
+	}
+	return nil
+}
+
+// identify notes who PID 1 is, for good.
+func (c *Container) identify(process *libcontainer.Process) error {
+	pid, err := process.Pid()
+	if err != nil {
+		return err
+	}
+	if c.rec.Process, err = wire.Identify(pid); err != nil {
+		return fmt.Errorf("identify PID 1: %w", err)
+	}
+	if c.pidfd, err = openPidfd(c.rec.Process); err != nil {
+		return err
+	}
+	if err := save(c.dir, recordFile, c.rec); err != nil {
+		c.pidfd.Close()
+		return fmt.Errorf("record: %w", err)
+	}
+	return nil
+}
+
+// terminate ends what a failed start has begun.
+func (c *Container) terminate(process *libcontainer.Process) {
+	if err := process.Signal(unix.SIGKILL); err == nil {
+		_, _ = process.Wait()
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), killLimit)
+	defer cancel()
+	if err := killAll(ctx, c.cgroup); err != nil {
+		c.log().WithError(err).Warn("kill leftovers of a failed start")
+	}
+}
+
+// ends are the sides of a container's stdio that podmon needs only until the
+// container has them.
+type ends struct {
+	log            *crilog.Log
+	stdout, stderr *os.File // our read ends, given to output in the end
+	console        *consoleSocket
+	child          []*os.File
+}
+
+// close closes what is still ours.
+func (e *ends) close() {
+	for _, f := range append(e.child, e.stdout, e.stderr) {
+		if f != nil {
+			f.Close()
+		}
+	}
+	if e.console != nil {
+		e.console.close()
+	}
+	if e.log != nil {
+		e.log.Close()
+	}
+}
+
+// openStdio opens the log and makes the pipes the request asks for.
+func (c *Container) openStdio(r wire.StartRequest, process *libcontainer.Process) (_ *ends, err error) {
+	e := &ends{}
+	defer func() {
+		if err != nil {
+			e.close()
+		}
+	}()
+	if r.LogPath != "" {
+		if e.log, err = crilog.Open(r.LogRoot, r.LogPath); err != nil {
+			return nil, err
+		}
+	}
+	if r.Spec.Process.Terminal {
+		e.console, err = newConsoleSocket(process)
+		return e, err
+	}
+	config := c.lc.Config()
+	uid, err := config.HostRootUID()
+	if err != nil {
+		return nil, err
+	}
+	gid, err := config.HostRootGID()
+	if err != nil {
+		return nil, err
+	}
+	if !r.Discard {
+		var out, errout *os.File
+		if e.stdout, out, err = c.fifo("stdout"); err != nil {
+			return nil, err
+		}
+		e.child = append(e.child, out)
+		if e.stderr, errout, err = c.fifo("stderr"); err != nil {
+			return nil, err
+		}
+		e.child = append(e.child, errout)
+		process.Stdout, process.Stderr = out, errout
+	}
+	if r.Stdin {
+		var pipe [2]int
+		if err := unix.Pipe2(pipe[:], unix.O_CLOEXEC); err != nil {
+			return nil, fmt.Errorf("stdin: %w", err)
+		}
+		in := os.NewFile(uintptr(pipe[0]), "stdin")
+		e.child = append(e.child, in)
+		process.Stdin, c.handles.stdin = in, pipe[1]
+	}
+	for _, f := range e.child {
+		// The container's root owns its stdio, also in a user namespace.
+		if err := f.Chown(uid, gid); err != nil {
+			return nil, fmt.Errorf("own stdio: %w", err)
+		}
+	}
+	return e, nil
+}
+
+// fifo makes a FIFO in the container's directory, and returns podmon's end and
+// the container's. The latter is read-write; see the package comment.
+func (c *Container) fifo(name string) (ours, theirs *os.File, err error) {
+	path := filepath.Join(c.dir, name)
+	if err := unix.Mkfifo(path, 0o600); err != nil {
+		return nil, nil, fmt.Errorf("make fifo %s: %w", name, err)
+	}
+	if ours, err = openFifo(path); err != nil {
+		return nil, nil, err
+	}
+	fd, err := unix.Open(path, unix.O_RDWR|unix.O_CLOEXEC, 0)
+	if err != nil {
+		ours.Close()
+		return nil, nil, fmt.Errorf("open fifo %s: %w", name, err)
+	}
+	return ours, os.NewFile(uintptr(fd), name), nil
+}
+
+func openFifo(path string) (*os.File, error) {
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("open fifo %s: %w", path, err)
+	}
+	return os.NewFile(uintptr(fd), path), nil
+}
+
+// readOutput begins reading; from here on Output owns the log and the read ends.
+func (c *Container) readOutput(r wire.StartRequest, e *ends) (err error) {
+	if r.Spec.Process.Terminal {
+		if c.handles.console, err = e.console.receive(); err != nil {
+			return err
+		}
+		if e.stdout, err = duplicate(c.handles.console); err != nil {
+			return fmt.Errorf("duplicate console: %w", err)
+		}
+	}
+	c.output = c.attachOutput(e.log, e.stdout, e.stderr)
+	e.log, e.stdout, e.stderr = nil, nil, nil
+	return nil
+}
+
+// attachOutput owns the log and the files; nil ones are left out.
+func (c *Container) attachOutput(log *crilog.Log, stdout, stderr *os.File) *stdio.Output {
+	if stdout == nil && stderr == nil {
+		if log != nil {
+			log.Close()
+		}
+		return nil
+	}
+	out := stdio.New(log)
+	for name, f := range map[string]*os.File{"stdout": stdout, "stderr": stderr} {
+		if f != nil {
+			out.Read(name, f, filepath.Join(c.dir, name+restSuffix))
+		}
+	}
+	return out
+}

@@ -1,0 +1,216 @@
+// Package crilog writes container output as CRI logs, the files that kubelet
+// reads for `kubectl logs`.
+//
+// The path comes from kubelet and the directories are its own, but what is in
+// them may have been made by a pod with a host path mount. So the file is
+// opened beneath the log root without following any symlink, and only a regular
+// file is accepted.
+package crilog
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Log is one container's log file, written by the goroutines of its streams.
+// Writing never fails for the caller: output that cannot be written is counted,
+// and the log says how much is missing once it can be written again.
+type Log struct {
+	root, path string
+
+	mu   sync.Mutex
+	f    *os.File
+	lost int   // bytes of records not written since the last good write
+	why  error // the first reason for it
+}
+
+// Open opens the log at path beneath root for appending, and creates it and the
+// directories between as needed.
+func Open(root, path string) (*Log, error) {
+	l := &Log{root: root, path: path}
+	f, err := openBeneath(root, path)
+	if err != nil {
+		return nil, err
+	}
+	l.f = f
+	return l, nil
+}
+
+// Reopen goes on in a new file at the same path after the old one was renamed.
+// Records are written either to the old or to the new file; none is lost. On an
+// error the old file stays in use.
+func (l *Log) Reopen() error {
+	f, err := openBeneath(l.root, l.path)
+	if err != nil {
+		return err
+	}
+	l.mu.Lock()
+	old := l.f
+	l.f = f
+	l.mu.Unlock()
+	return closeIfOpen(old)
+}
+
+// Write appends whole records in one system call.
+func (l *Log) Write(records []byte) {
+	if len(records) == 0 {
+		return
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.f == nil {
+		return
+	}
+	if l.lost > 0 && !l.confess() {
+		l.lost += len(records)
+		return
+	}
+	if err := l.append(records); err != nil {
+		l.lost, l.why = l.lost+len(records), err
+	}
+}
+
+// confess writes how much was lost, and tells whether writing works again.
+func (l *Log) confess() bool {
+	note := fmt.Sprintf("%s stderr F [podmon: %d bytes of log records were lost here: %v]\n",
+		time.Now().UTC().Format(time.RFC3339Nano), l.lost, l.why)
+	if l.append([]byte(note)) != nil {
+		return false
+	}
+	l.lost, l.why = 0, nil
+	return true
+}
+
+// append writes all of records or leaves no torn record behind: a reader would
+// take it for the beginning of the next one.
+func (l *Log) append(records []byte) error {
+	n, err := l.f.Write(records)
+	if err == nil || n == 0 {
+		return err
+	}
+	torn := n - (bytes.LastIndexByte(records[:n], '\n') + 1)
+	if st, serr := l.f.Stat(); serr == nil && torn > 0 {
+		err = errors.Join(err, l.f.Truncate(st.Size()-int64(torn)))
+	}
+	return err
+}
+
+// Size returns how long the file is now.
+func (l *Log) Size() (int64, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	st, err := l.f.Stat()
+	if err != nil {
+		return 0, err
+	}
+	return st.Size(), nil
+}
+
+// Close ends the log; later writes are dropped.
+func (l *Log) Close() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	f := l.f
+	l.f = nil
+	return closeIfOpen(f)
+}
+
+func closeIfOpen(f *os.File) error {
+	if f == nil {
+		return nil
+	}
+	return f.Close()
+}
+
+// beneath forbids leaving the directory a lookup starts in, by whatever means.
+const beneath = unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS | unix.RESOLVE_NO_MAGICLINKS
+
+func openBeneath(root, path string) (*os.File, error) {
+	clean := filepath.Clean(path)
+	if filepath.IsAbs(path) || clean == "." || clean == ".." || strings.HasPrefix(clean, "../") {
+		return nil, fmt.Errorf("log path %q is not beneath the log directory", path)
+	}
+	dir, err := unix.Open(root, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("open log directory %s: %w", root, err)
+	}
+	defer func() { unix.Close(dir) }()
+	parents, name := filepath.Split(clean)
+	for part := range strings.SplitSeq(strings.Trim(parents, "/"), "/") {
+		if part == "" {
+			continue
+		}
+		next, err := enter(dir, part)
+		if err != nil {
+			return nil, fmt.Errorf("log directory %q of %q: %w", part, path, err)
+		}
+		unix.Close(dir)
+		dir = next
+	}
+	f, err := openLog(dir, name)
+	if err != nil {
+		return nil, fmt.Errorf("open log %s: %w", filepath.Join(root, clean), err)
+	}
+	return f, nil
+}
+
+// enter opens the directory of that name in dir, and makes it when it is missing.
+func enter(dir int, name string) (int, error) {
+	how := &unix.OpenHow{Flags: unix.O_PATH | unix.O_DIRECTORY | unix.O_NOFOLLOW | unix.O_CLOEXEC, Resolve: beneath}
+	fd, err := openat2(dir, name, how)
+	if err != unix.ENOENT {
+		return fd, err
+	}
+	if err := unix.Mkdirat(dir, name, 0o755); err != nil && err != unix.EEXIST {
+		return -1, err
+	}
+	return openat2(dir, name, how)
+}
+
+func openLog(dir int, name string) (*os.File, error) {
+	// O_NONBLOCK: a FIFO planted there must not make us wait for a reader.
+	fd, err := openat2(dir, name, &unix.OpenHow{
+		Flags: unix.O_WRONLY | unix.O_APPEND | unix.O_CREAT | unix.O_NOFOLLOW |
+			unix.O_NONBLOCK | unix.O_CLOEXEC,
+		Mode:    0o640,
+		Resolve: beneath,
+	})
+	if err != nil {
+		return nil, err
+	}
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		unix.Close(fd)
+		return nil, err
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFREG {
+		unix.Close(fd)
+		return nil, errors.New("not a regular file")
+	}
+	// A regular file is written in blocking mode, whatever the flag says.
+	if err := unix.SetNonblock(fd, false); err != nil {
+		unix.Close(fd)
+		return nil, err
+	}
+	return os.NewFile(uintptr(fd), name), nil
+}
+
+// openat2 retries what openat2(2) says to retry: EAGAIN is a rename seen
+// underway, EINTR a signal of Go's runtime.
+func openat2(dir int, name string, how *unix.OpenHow) (int, error) {
+	for tries := 0; ; tries++ {
+		fd, err := unix.Openat2(dir, name, how)
+		if err == unix.EINTR || (err == unix.EAGAIN && tries < 32) {
+			continue
+		}
+		return fd, err
+	}
+}

@@ -1,0 +1,82 @@
+// Podmon is the parent of every container on the node. The daemon starts it from
+// a sealed memfd and talks to it over a socket; it is not meant to be run by hand:
+//
+//	podmon serve RUNDIR INSTANCE [systemd]
+//
+// It listens on RUNDIR/podmon/INSTANCE/sock and tells so by closing descriptor
+// 3. It ends when the daemon retires it, never by itself: containers and their
+// output depend on it, and it drops SIGTERM, SIGINT and SIGHUP. When it is
+// killed all the same, the daemon starts another one that takes over.
+//
+// libcontainer starts containers by running this program again as "podmon init".
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"runtime/debug"
+	"strconv"
+	"syscall"
+
+	"github.com/opencontainers/runc/libcontainer"
+	_ "github.com/opencontainers/runc/libcontainer/nsenter" // joins namespaces before Go starts
+	"github.com/sirupsen/logrus"
+
+	"github.com/podshim/podshim/cmd/podmon/internal/server"
+)
+
+func init() {
+	if len(os.Args) > 1 && os.Args[1] == "init" {
+		libcontainer.Init()
+	}
+}
+
+func main() {
+	if err := run(os.Args[1:]); err != nil {
+		logrus.WithError(err).Error("podmon ends")
+		os.Exit(1)
+	}
+}
+
+func run(args []string) error {
+	if len(args) < 3 || args[0] != "serve" {
+		return errors.New("usage: podmon serve RUNDIR INSTANCE [systemd]")
+	}
+	runDir, instance := args[1], args[2]
+	// Caught and dropped, not ignored: containers would inherit that.
+	signal.Notify(make(chan os.Signal, 1), syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP, syscall.SIGPIPE)
+	syscall.Umask(0o022) // containers inherit it
+	protect()
+	// Memory is worth more than time here: podmon is idle nearly always.
+	debug.SetGCPercent(25)
+	// For "podmon init" only; this process has read its own already.
+	if err := os.Setenv("GOMAXPROCS", "1"); err != nil {
+		return err
+	}
+	s, err := server.New(runDir, instance, len(args) > 3 && args[3] == "systemd")
+	if err != nil {
+		return err
+	}
+	l, err := server.Listen(filepath.Join(runDir, "podmon", instance))
+	if err != nil {
+		return err
+	}
+	if err := os.NewFile(3, "ready").Close(); err != nil {
+		return fmt.Errorf("tell that podmon is ready: %w", err)
+	}
+	return s.Serve(l)
+}
+
+// protect asks the kernel to kill others first when memory runs out. Where it is
+// not allowed to (CAP_SYS_RESOURCE), the lowest score that is allowed is the one
+// podmon has already.
+func protect() {
+	const lowest = -999
+	err := os.WriteFile("/proc/self/oom_score_adj", []byte(strconv.Itoa(lowest)), 0)
+	if err != nil {
+		logrus.WithError(err).Info("oom_score_adj stays as it is")
+	}
+}
