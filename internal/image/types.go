@@ -1,9 +1,45 @@
 package image
 
 import (
+	"time"
+
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"github.com/sirupsen/logrus"
 )
+
+// Defaults of Config's zero values.
+const (
+	// DefaultMaxConcurrentDownloads layers of one pull are under way at a time.
+	DefaultMaxConcurrentDownloads = 3
+	// DefaultNoProgressTimeout is how long a pull waits for a registry that
+	// sends nothing.
+	DefaultNoProgressTimeout = 5 * time.Minute
+)
+
+// DefaultHostsDirs are where registry hosts are configured, the first directory
+// that knows a registry wins.
+var DefaultHostsDirs = []string{"/etc/podshim/certs.d", "/etc/containerd/certs.d", "/etc/docker/certs.d"}
+
+// Config is what a Store needs to know. Only Root has no default.
+type Config struct {
+	// Root is the store's own directory, made with mode 0700. It needs a
+	// filesystem that overlayfs takes as upper directory.
+	Root string
+	// HostsDirs hold a directory per registry with hosts.toml or certificates.
+	// nil is DefaultHostsDirs; empty is none.
+	HostsDirs []string
+	// Pinned are names of images that kubelet's collector must leave alone.
+	Pinned []string
+	// MaxConcurrentDownloads bounds the layers of one pull that are fetched and
+	// unpacked at a time; 0 is the default.
+	MaxConcurrentDownloads int
+	// NoProgressTimeout ends a pull whose registry sends nothing for so long;
+	// 0 is the default.
+	NoProgressTimeout time.Duration
+	// Log gets what no caller is told; nil is logrus's standard logger.
+	Log *logrus.Entry
+}
 
 // Image is one image of the store under all its names.
 type Image struct {
@@ -18,7 +54,8 @@ type Image struct {
 	Config ocispec.ImageConfig
 	// Pinned images are never collected (CRI Image.pinned).
 	Pinned bool
-	// ChainID names the snapshot of the topmost layer.
+	// ChainID names the snapshot of the topmost layer; "" is an image without
+	// layers.
 	ChainID digest.Digest
 }
 
@@ -34,6 +71,8 @@ type Usage struct {
 
 // FsInfo is the image filesystem (CRI FilesystemUsage).
 type FsInfo struct {
+	// Mountpoint is a directory on that filesystem: the store's root.
 	Mountpoint string
+	// Usage counts the layers of all images, not the containers' writable layers.
 	Usage
 }

@@ -1,0 +1,158 @@
+package image
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path"
+	"path/filepath"
+	"strings"
+
+	"github.com/containerd/containerd/v2/core/snapshots/storage"
+	"golang.org/x/sys/unix"
+)
+
+// inherit gives the directories that a layer implies but does not describe the
+// owner, mode, times and xattrs they have in the layers below: an archive with
+// tmp/x and no tmp/ must not make /tmp lose its sticky bit.
+func (s *Store) inherit(ctx context.Context, st *staged) error {
+	if len(st.implied) == 0 || st.layer.parent == "" {
+		return nil
+	}
+	lowers, err := s.chainDirs(ctx, st.layer.parent.String())
+	if err != nil {
+		return err
+	}
+	for _, dir := range st.implied {
+		if err := inheritDir(st.dir, dir, lowers); err != nil {
+			return fmt.Errorf("take attributes of %s from the layers below: %w", dir, err)
+		}
+	}
+	return nil
+}
+
+// chainDirs returns the directories of a committed snapshot and its ancestors,
+// topmost first.
+func (s *Store) chainDirs(ctx context.Context, name string) (dirs []string, err error) {
+	err = s.meta.WithTransaction(ctx, false, func(ctx context.Context) error {
+		for name != "" {
+			id, info, _, err := storage.GetInfo(ctx, name)
+			if err != nil {
+				return fmt.Errorf("find layer %s: %w", name, err)
+			}
+			dirs = append(dirs, filepath.Join(s.cfg.Root, "snapshots", id, "fs"))
+			name = info.Parent
+		}
+		return nil
+	})
+	return dirs, err
+}
+
+func inheritDir(upper, dir string, lowers []string) error {
+	dst, err := openDir(upper, dir)
+	if err != nil {
+		return ignore(err, unix.ENOENT, unix.ENOTDIR, unix.ELOOP) // the archive put something else there
+	}
+	defer dst.Close()
+	for _, lower := range lowers {
+		src, err := openDir(lower, dir)
+		if err == nil {
+			defer src.Close()
+			return copyAttributes(dst, src)
+		}
+		if !errors.Is(err, unix.ENOENT) {
+			return ignore(err, unix.ENOTDIR, unix.ELOOP) // hidden from here on: a whiteout, a file, a link
+		}
+		if isOpaque(lower, dir) {
+			return nil
+		}
+	}
+	return nil
+}
+
+// openDir opens root/dir if all of it is real directories. Images are not
+// trusted: no symlink is followed.
+func openDir(root, dir string) (*os.File, error) {
+	rootFD, err := unix.Open(root, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("open %s: %w", root, err)
+	}
+	defer unix.Close(rootFD)
+	fd, err := unix.Openat2(rootFD, dir, &unix.OpenHow{
+		Flags:   unix.O_RDONLY | unix.O_DIRECTORY | unix.O_CLOEXEC | unix.O_NOFOLLOW,
+		Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS | unix.RESOLVE_NO_XDEV,
+	})
+	if err != nil {
+		return nil, err
+	}
+	return os.NewFile(uintptr(fd), filepath.Join(root, dir)), nil
+}
+
+// isOpaque tells whether a layer hides dir in the layers below it, by an opaque
+// directory on the way to it.
+func isOpaque(layer, dir string) bool {
+	for dir = path.Dir(dir); dir != "."; dir = path.Dir(dir) {
+		f, err := openDir(layer, dir)
+		if err != nil {
+			continue
+		}
+		var v [1]byte
+		n, err := unix.Fgetxattr(int(f.Fd()), "trusted.overlay.opaque", v[:])
+		f.Close()
+		if err == nil && n == 1 && v[0] == 'y' {
+			return true
+		}
+	}
+	return false
+}
+
+func copyAttributes(dst, src *os.File) error {
+	var st unix.Stat_t
+	if err := unix.Fstat(int(src.Fd()), &st); err != nil {
+		return err
+	}
+	if err := copyXattrs(int(dst.Fd()), int(src.Fd())); err != nil {
+		return err
+	}
+	if err := unix.Fchown(int(dst.Fd()), int(st.Uid), int(st.Gid)); err != nil {
+		return err
+	}
+	if err := unix.Fchmod(int(dst.Fd()), st.Mode&0o7777); err != nil {
+		return err
+	}
+	times := []unix.Timespec{st.Atim, st.Mtim}
+	return unix.UtimesNanoAt(int(dst.Fd()), "", times, unix.AT_EMPTY_PATH)
+}
+
+// copyXattrs copies all but overlayfs's own attributes.
+func copyXattrs(dst, src int) error {
+	list := make([]byte, 64<<10) // XATTR_LIST_MAX
+	n, err := unix.Flistxattr(src, list)
+	if err != nil {
+		return ignore(err, unix.ENOTSUP)
+	}
+	value := make([]byte, 64<<10) // XATTR_SIZE_MAX
+	for name := range strings.SplitSeq(strings.TrimSuffix(string(list[:n]), "\x00"), "\x00") {
+		if name == "" || strings.HasPrefix(name, "trusted.") {
+			continue
+		}
+		size, err := unix.Fgetxattr(src, name, value)
+		if err != nil {
+			return fmt.Errorf("read xattr %s: %w", name, err)
+		}
+		if err := unix.Fsetxattr(dst, name, value[:size], 0); err != nil {
+			return fmt.Errorf("write xattr %s: %w", name, err)
+		}
+	}
+	return nil
+}
+
+func ignore(err error, fine ...unix.Errno) error {
+	for _, f := range fine {
+		if errors.Is(err, f) {
+			return nil
+		}
+	}
+	return err
+}

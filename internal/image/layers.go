@@ -1,0 +1,213 @@
+package image
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"strings"
+	"sync"
+
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/core/snapshots/storage"
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
+)
+
+// stagePrefix marks snapshots that a pull is unpacking into. Those of an earlier
+// process are garbage.
+const stagePrefix = "unpack/"
+
+// layers is who works on which layer and who counts on it.
+type layers struct {
+	mu   sync.Mutex
+	pins map[digest.Digest]int           // by chain ID: pulls that must find the layer
+	jobs map[digest.Digest]chan struct{} // by chain ID: closed when its unpacking has ended
+	seq  uint64                          // of staging keys
+}
+
+func newLayers() layers {
+	return layers{pins: map[digest.Digest]int{}, jobs: map[digest.Digest]chan struct{}{}}
+}
+
+// pin keeps the chain's layers from being collected until the returned function
+// is called.
+func (l *layers) pin(chain []digest.Digest) (unpin func()) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, c := range chain {
+		l.pins[c]++
+	}
+	return func() {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		for _, c := range chain {
+			if l.pins[c]--; l.pins[c] == 0 {
+				delete(l.pins, c)
+			}
+		}
+	}
+}
+
+// begin makes the caller the one who unpacks the layer, until it calls done, or
+// tells it whom to wait for. done is nil when somebody else does it.
+func (l *layers) begin(chain digest.Digest) (done func(), wait <-chan struct{}) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if job, ok := l.jobs[chain]; ok {
+		return nil, job
+	}
+	job := make(chan struct{})
+	l.jobs[chain] = job
+	return func() {
+		l.mu.Lock()
+		delete(l.jobs, chain)
+		l.mu.Unlock()
+		close(job)
+	}, nil
+}
+
+// stageKey is a new name for a staging area.
+func (l *layers) stageKey(chain digest.Digest) string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.seq++
+	return fmt.Sprintf("%s%d/%s", stagePrefix, l.seq, chain)
+}
+
+// layerDir returns the directory that holds what the snapshot adds to its parent.
+// errdefs.ErrNotFound when there is no such snapshot.
+func (s *Store) layerDir(ctx context.Context, key string) (dir string, err error) {
+	err = s.meta.WithTransaction(ctx, false, func(ctx context.Context) error {
+		id, _, _, err := storage.GetInfo(ctx, key)
+		dir = filepath.Join(s.cfg.Root, "snapshots", id, "fs")
+		return err
+	})
+	return dir, err
+}
+
+// hasLayer tells whether a layer is committed.
+func (s *Store) hasLayer(ctx context.Context, chain digest.Digest) (bool, error) {
+	_, err := s.sn.Stat(ctx, chain.String())
+	if errdefs.IsNotFound(err) {
+		return false, nil
+	}
+	return err == nil, err
+}
+
+// snapshotInfos returns all snapshots' infos.
+func (s *Store) snapshotInfos(ctx context.Context) (infos []snapshots.Info, err error) {
+	err = s.sn.Walk(ctx, func(_ context.Context, i snapshots.Info) error {
+		infos = append(infos, i)
+		return nil
+	})
+	if err != nil {
+		return nil, fmt.Errorf("list snapshots: %w", err)
+	}
+	return infos, nil
+}
+
+// dropStaged removes all staging areas; no pull is in flight.
+func (s *Store) dropStaged(ctx context.Context) error {
+	infos, err := s.snapshotInfos(ctx)
+	if err != nil {
+		return err
+	}
+	for _, i := range infos {
+		if !strings.HasPrefix(i.Name, stagePrefix) {
+			continue
+		}
+		if err := s.sn.Remove(ctx, i.Name); err != nil && !errdefs.IsNotFound(err) {
+			return fmt.Errorf("remove staging area %s: %w", i.Name, err)
+		}
+	}
+	return nil
+}
+
+// collect removes every layer that no image, no pull in flight and no other
+// snapshot needs.
+func (s *Store) collect(ctx context.Context) error {
+	infos, err := s.snapshotInfos(ctx)
+	if err != nil {
+		return err
+	}
+	isParent := map[string]bool{}
+	for _, i := range infos {
+		isParent[i.Parent] = true
+	}
+	var errs []error
+	for _, i := range infos {
+		if i.Kind == snapshots.KindCommitted && !isParent[i.Name] {
+			errs = append(errs, s.collectFrom(ctx, i.Name))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// collectFrom removes the layer called name if nothing needs it, then its parent,
+// and so on.
+func (s *Store) collectFrom(ctx context.Context, name string) error {
+	for name != "" {
+		parent, removed, err := s.collectOne(ctx, name)
+		if err != nil {
+			return fmt.Errorf("collect layer %s: %w", name, err)
+		}
+		if !removed {
+			return nil
+		}
+		name = parent
+	}
+	return nil
+}
+
+func (s *Store) collectOne(ctx context.Context, name string) (parent string, removed bool, err error) {
+	chain := digest.Digest(name)
+	s.layers.mu.Lock()
+	defer s.layers.mu.Unlock()
+	if s.layers.pins[chain] > 0 || s.index.uses(chain) {
+		return "", false, nil
+	}
+	info, err := s.sn.Stat(ctx, name)
+	if err == nil {
+		err = s.sn.Remove(ctx, name)
+	}
+	switch {
+	case err == nil:
+		return info.Parent, true, nil
+	case errdefs.IsNotFound(err), errdefs.IsFailedPrecondition(err): // gone, or has children
+		return "", false, nil
+	}
+	return "", false, err
+}
+
+// free deletes the directories of removed snapshots.
+func (s *Store) free(ctx context.Context) error {
+	if err := s.sn.(snapshots.Cleaner).Cleanup(ctx); err != nil {
+		return fmt.Errorf("free removed snapshots: %w", err)
+	}
+	return nil
+}
+
+// freeSoon has the sweeper do it: a container with a million files is removed as
+// fast as one with none.
+func (s *Store) freeSoon() {
+	select {
+	case s.sweep <- struct{}{}:
+	default: // asked already, and not begun
+	}
+}
+
+func (s *Store) sweepLoop() {
+	defer s.sweeper.Done()
+	ctx := s.quiet(context.Background())
+	for {
+		select {
+		case <-s.closing:
+			return
+		case <-s.sweep:
+		}
+		if err := s.free(ctx); err != nil {
+			s.log.WithError(err).Warn("disk space of removed snapshots is not free yet")
+		}
+	}
+}

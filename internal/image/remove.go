@@ -1,0 +1,39 @@
+package image
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/containerd/errdefs"
+)
+
+// Remove removes the image that ref names, under all its names, and the layers
+// that nothing else needs. Layers under a container's snapshot stay until
+// RemoveSnapshot. An unknown image is success; errdefs.ErrInvalidArgument when ref
+// is no reference or not unique.
+func (s *Store) Remove(ctx context.Context, ref string) error {
+	removed, err := s.removeRecord(ref)
+	if errdefs.IsNotFound(err) || (err == nil && !removed) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	ctx = s.quiet(context.WithoutCancel(ctx)) // the image is gone: its layers follow
+	return errors.Join(s.collect(ctx), s.free(ctx))
+}
+
+func (s *Store) removeRecord(ref string) (bool, error) {
+	s.publish.Lock()
+	defer s.publish.Unlock()
+	rec, err := s.index.find(ref)
+	if err != nil {
+		return false, err
+	}
+	if err := s.records.remove(rec.ID); err != nil {
+		return false, fmt.Errorf("remove image %s: %w", rec.ID, err)
+	}
+	s.index.remove(rec.ID)
+	return true, nil
+}

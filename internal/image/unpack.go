@@ -1,0 +1,243 @@
+package image
+
+import (
+	"archive/tar"
+	"bufio"
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"hash"
+	"io"
+	"path"
+	"strings"
+	"syscall"
+
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/core/snapshots/storage"
+	"github.com/containerd/containerd/v2/pkg/archive"
+	"github.com/containerd/continuity/fs"
+	"github.com/containerd/errdefs"
+	"github.com/klauspost/compress/gzip"
+	"github.com/klauspost/compress/zstd"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/podshim/podshim/internal/rollback"
+)
+
+// layer is one layer of a pull.
+type layer struct {
+	desc   ocispec.Descriptor
+	diffID digest.Digest
+	chain  digest.Digest // names its snapshot
+	parent digest.Digest // "" for the bottom layer
+}
+
+// zstdMaxWindow bounds the memory a zstd stream can ask for; zstd's own --ultra
+// levels stay below it.
+const zstdMaxWindow = 128 << 20
+
+// staged is a layer that is unpacked and verified, not yet committed.
+type staged struct {
+	layer layer
+	key   string // of its active snapshot
+	dir   string
+	// implied are directories the layer has entries in but no entry for; they
+	// take the attributes they have in the layers below.
+	implied []string
+}
+
+// stage unpacks a layer into a snapshot of its own, without its parents, so that
+// all layers of an image can be unpacked at the same time. The caller commits or
+// drops the result.
+func (s *Store) stage(ctx context.Context, l layer, blob io.Reader) (_ *staged, err error) {
+	st := &staged{layer: l, key: s.layers.stageKey(l.chain)}
+	if _, err := s.sn.Prepare(ctx, st.key, ""); err != nil {
+		return nil, fmt.Errorf("prepare snapshot: %w", err)
+	}
+	var undo rollback.Stack
+	defer func() { err = undo.Settle(ctx, err) }()
+	undo.Push("drop staging area", func(ctx context.Context) error { return s.dropStage(ctx, st) })
+
+	if st.dir, err = s.layerDir(ctx, st.key); err != nil {
+		return nil, fmt.Errorf("find snapshot: %w", err)
+	}
+	if st.implied, err = unpack(ctx, st.dir, l, blob); err != nil {
+		return nil, err
+	}
+	return st, nil
+}
+
+func (s *Store) dropStage(ctx context.Context, st *staged) error {
+	err := s.sn.Remove(s.quiet(ctx), st.key)
+	s.freeSoon()
+	if errdefs.IsNotFound(err) {
+		return nil
+	}
+	return err
+}
+
+// commit makes a staged layer a snapshot on top of its parent, which is committed.
+func (s *Store) commit(ctx context.Context, st *staged) error {
+	if err := s.inherit(ctx, st); err != nil {
+		return err
+	}
+	// Counted before the transaction: the library's own Commit walks the layer
+	// inside it, and every CreateContainer would wait.
+	du, err := fs.DiskUsage(ctx, st.dir)
+	if err != nil {
+		return fmt.Errorf("measure layer: %w", err)
+	}
+	err = s.meta.WithTransaction(ctx, true, func(ctx context.Context) error {
+		_, err := storage.CommitActive(ctx, st.key, st.layer.chain.String(), snapshots.Usage(du),
+			snapshots.WithParent(st.layer.parent.String()))
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("commit snapshot: %w", err)
+	}
+	return nil
+}
+
+// unpack verifies blob against the layer's size, digest and diff ID while it
+// unpacks it into dir, and returns the directories that the archive implies.
+func unpack(ctx context.Context, dir string, l layer, blob io.Reader) ([]string, error) {
+	wire := &digestReader{r: blob, h: sha256.New()}
+	implied, got, err := unpackStream(ctx, dir, wire)
+	var local syscall.Errno // from writing: a full disk needs no look at the rest of the blob
+	if ctx.Err() == nil && !errors.As(err, &local) {
+		// Whatever the unpacker choked on, a wrong blob is the better explanation.
+		if werr := wire.verify(l.desc); werr != nil {
+			return nil, werr
+		}
+	}
+	if err != nil {
+		return nil, fmt.Errorf("unpack: %w", err)
+	}
+	if got != l.diffID {
+		return nil, fmt.Errorf("unpacked content has digest %s, the image's config says %s: %w", got, l.diffID, errdefs.ErrDataLoss)
+	}
+	return implied, nil
+}
+
+func unpackStream(ctx context.Context, dir string, wire io.Reader) (implied []string, diffID digest.Digest, err error) {
+	plain, err := inflate(wire)
+	if err != nil {
+		return nil, "", err
+	}
+	defer plain.Close()
+	content := &digestReader{r: plain, h: sha256.New()}
+	ahead := newReadAhead(content)
+	dirs := newImpliedDirs()
+	_, err = archive.Apply(ctx, dir, ahead,
+		archive.WithConvertWhiteout(archive.OverlayConvertWhiteout),
+		archive.WithFilter(dirs.see))
+	if err == nil {
+		_, err = io.Copy(io.Discard, ahead) // what follows the archive's end counts for the digests
+	}
+	ahead.stop() // content is ours alone again
+	if err != nil {
+		return nil, "", err
+	}
+	return dirs.list(), content.digest(), nil
+}
+
+// inflate returns the tar archive in a blob. The stream's own magic decides, not
+// the media type, which registries and build tools get wrong.
+func inflate(blob io.Reader) (io.ReadCloser, error) {
+	br := bufio.NewReaderSize(blob, 64<<10)
+	magic, err := br.Peek(4)
+	if err != nil && !errors.Is(err, io.EOF) {
+		return nil, err
+	}
+	switch {
+	case bytes.HasPrefix(magic, []byte{0x1f, 0x8b}):
+		return gzip.NewReader(br)
+	case bytes.Equal(magic, []byte{0x28, 0xb5, 0x2f, 0xfd}), isSkippableZstd(magic):
+		d, err := zstd.NewReader(br, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxWindow(zstdMaxWindow))
+		if err != nil {
+			return nil, err
+		}
+		return d.IOReadCloser(), nil
+	}
+	return io.NopCloser(br), nil
+}
+
+// isSkippableZstd: zstd:chunked blobs may begin with a skippable frame (RFC 8878, 3.1.2).
+func isSkippableZstd(magic []byte) bool {
+	return len(magic) == 4 && magic[0]&0xf0 == 0x50 && bytes.Equal(magic[1:], []byte{0x2a, 0x4d, 0x18})
+}
+
+// digestReader hashes and counts what is read through it.
+type digestReader struct {
+	r   io.Reader
+	h   hash.Hash
+	n   int64
+	err error // what ended reading, io.EOF included
+}
+
+func (d *digestReader) Read(p []byte) (int, error) {
+	n, err := d.r.Read(p)
+	d.h.Write(p[:n])
+	d.n += int64(n)
+	if err != nil {
+		d.err = err
+	}
+	return n, err
+}
+
+func (d *digestReader) digest() digest.Digest {
+	return digest.NewDigestFromEncoded(digest.SHA256, hex.EncodeToString(d.h.Sum(nil)))
+}
+
+// verify reads what is left and compares all of it with desc.
+func (d *digestReader) verify(desc ocispec.Descriptor) error {
+	if d.err == nil {
+		_, _ = io.Copy(io.Discard, d) // the error is in d.err
+	}
+	switch {
+	case d.err != nil && !errors.Is(d.err, io.EOF):
+		return d.err
+	case d.n != desc.Size:
+		return fmt.Errorf("blob %s has %d bytes, the manifest says %d: %w", desc.Digest, d.n, desc.Size, errdefs.ErrDataLoss)
+	case d.digest() != desc.Digest:
+		return fmt.Errorf("blob %s has digest %s: %w", desc.Digest, d.digest(), errdefs.ErrDataLoss)
+	}
+	return nil
+}
+
+// impliedDirs finds the directories an archive uses without describing them.
+type impliedDirs struct{ used, described map[string]bool }
+
+func newImpliedDirs() *impliedDirs {
+	return &impliedDirs{used: map[string]bool{}, described: map[string]bool{}}
+}
+
+// see is an archive.Filter that takes everything. hdr.Name is clean already.
+func (i *impliedDirs) see(hdr *tar.Header) (bool, error) {
+	if hdr.Typeflag == tar.TypeXGlobalHeader {
+		return true, nil
+	}
+	name := strings.TrimPrefix(path.Clean("/"+hdr.Name), "/")
+	if hdr.Typeflag == tar.TypeDir {
+		i.described[name] = true
+	}
+	for dir := path.Dir(name); dir != "." && !i.used[dir]; dir = path.Dir(dir) {
+		i.used[dir] = true
+	}
+	return true, nil
+}
+
+// list returns them, parents before children.
+func (i *impliedDirs) list() []string {
+	var dirs []string
+	for d := range i.used {
+		if !i.described[d] {
+			dirs = merge(dirs, d)
+		}
+	}
+	return dirs
+}
