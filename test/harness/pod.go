@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -19,8 +20,8 @@ type Pod struct {
 	// Handler is the runtime handler it was made with.
 	Handler string
 	n       *Node
-	// containers are those made through this Pod, for the next one's name.
-	containers int
+	// containers counts those made, for the next one's name.
+	containers *atomic.Int32
 }
 
 // PodConfig is a plain pod's config with a name of its own and a log directory
@@ -63,9 +64,16 @@ func (n *Node) RunConfig(conf *cri.PodSandboxConfig, handler string) *Pod {
 	if err != nil {
 		n.t.Fatalf("run pod %s: %v\n%s", conf.GetMetadata().GetName(), err, n.tail(20))
 	}
-	p := &Pod{ID: resp.PodSandboxId, Config: conf, Handler: handler, n: n}
+	p := &Pod{ID: resp.PodSandboxId, Config: conf, Handler: handler, n: n, containers: new(atomic.Int32)}
 	n.t.Cleanup(p.end)
 	return p
+}
+
+// With is the same pod as a subtest sees it; it stays its parent's to remove.
+func (p *Pod) With(t TB) *Pod {
+	sub := *p
+	sub.n = p.n.With(t)
+	return &sub
 }
 
 // end removes the pod and finds what it has left.
@@ -143,8 +151,7 @@ type Container struct {
 
 // ContainerConfig is a busybox container's config with a name of its own.
 func (p *Pod) ContainerConfig(command []string, edits ...func(*cri.ContainerConfig)) *cri.ContainerConfig {
-	p.containers++
-	name := fmt.Sprintf("c%d", p.containers)
+	name := fmt.Sprintf("c%d", p.containers.Add(1))
 	conf := &cri.ContainerConfig{
 		Metadata: &cri.ContainerMetadata{Name: name},
 		Image:    &cri.ImageSpec{Image: Busybox},
