@@ -7,10 +7,11 @@ import (
 	"os"
 	"path"
 	"path/filepath"
-	"strings"
 
 	"github.com/containerd/containerd/v2/core/snapshots/storage"
 	"golang.org/x/sys/unix"
+
+	"github.com/podshim/podshim/internal/rootfs"
 )
 
 // inherit gives the directories that a layer implies but does not describe the
@@ -59,7 +60,7 @@ func inheritDir(upper, dir string, lowers []string) error {
 		src, err := openDir(lower, dir)
 		if err == nil {
 			defer src.Close()
-			return copyAttributes(dst, src)
+			return rootfs.CopyAttributes(dst, src)
 		}
 		if !errors.Is(err, unix.ENOENT) {
 			return ignore(err, unix.ENOTDIR, unix.ELOOP) // hidden from here on: a whiteout, a file, a link
@@ -105,47 +106,6 @@ func isOpaque(layer, dir string) bool {
 		}
 	}
 	return false
-}
-
-func copyAttributes(dst, src *os.File) error {
-	var st unix.Stat_t
-	if err := unix.Fstat(int(src.Fd()), &st); err != nil {
-		return err
-	}
-	if err := copyXattrs(int(dst.Fd()), int(src.Fd())); err != nil {
-		return err
-	}
-	if err := unix.Fchown(int(dst.Fd()), int(st.Uid), int(st.Gid)); err != nil {
-		return err
-	}
-	if err := unix.Fchmod(int(dst.Fd()), st.Mode&0o7777); err != nil {
-		return err
-	}
-	times := []unix.Timespec{st.Atim, st.Mtim}
-	return unix.UtimesNanoAt(int(dst.Fd()), "", times, unix.AT_EMPTY_PATH)
-}
-
-// copyXattrs copies all but overlayfs's own attributes.
-func copyXattrs(dst, src int) error {
-	list := make([]byte, 64<<10) // XATTR_LIST_MAX
-	n, err := unix.Flistxattr(src, list)
-	if err != nil {
-		return ignore(err, unix.ENOTSUP)
-	}
-	value := make([]byte, 64<<10) // XATTR_SIZE_MAX
-	for name := range strings.SplitSeq(strings.TrimSuffix(string(list[:n]), "\x00"), "\x00") {
-		if name == "" || strings.HasPrefix(name, "trusted.") {
-			continue
-		}
-		size, err := unix.Fgetxattr(src, name, value)
-		if err != nil {
-			return fmt.Errorf("read xattr %s: %w", name, err)
-		}
-		if err := unix.Fsetxattr(dst, name, value[:size], 0); err != nil {
-			return fmt.Errorf("write xattr %s: %w", name, err)
-		}
-	}
-	return nil
 }
 
 func ignore(err error, fine ...unix.Errno) error {

@@ -238,7 +238,7 @@ func (s *Store) checkLayers(ctx context.Context, rec *record) error {
 // its databases. Mounts made from its snapshots stay.
 func (s *Store) Close() error {
 	close(s.closing)
-	s.pulls.Wait()
+	_ = s.pulls.Wait(context.Background()) // never an error: it waits for good
 	s.sweeper.Wait()
 	return errors.Join(s.sn.Close(), s.records.close())
 }
