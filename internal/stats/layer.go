@@ -1,0 +1,130 @@
+package stats
+
+import (
+	"context"
+	"sync"
+	"time"
+
+	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+)
+
+const (
+	// layerAge is how old a layer's size may be before it is measured again.
+	layerAge = 10 * time.Second
+	// layerWait is how long one request waits for a measurement; later ones get
+	// what it finds.
+	layerWait = 200 * time.Millisecond
+	// layerWalks is how many layers are measured at a time.
+	layerWalks = 2
+)
+
+// layers remembers the sizes of writable layers.
+type layers struct {
+	measure    func(context.Context, string) (Disk, error)
+	mountpoint string
+	slots      chan struct{}
+
+	ctx  context.Context // ends with close; bounds the walks, which outlive requests
+	stop context.CancelFunc
+	done sync.WaitGroup
+
+	mu     sync.Mutex
+	closed bool
+	byID   map[string]*layer
+}
+
+type layer struct {
+	last    *runtime.FilesystemUsage // nil before the first measurement
+	at      time.Time                // when it began
+	running chan struct{}            // closed when the measurement under way ends; nil without
+}
+
+func newLayers(measure func(context.Context, string) (Disk, error), mountpoint string) *layers {
+	ctx, stop := context.WithCancel(context.Background())
+	return &layers{
+		measure: measure, mountpoint: mountpoint, slots: make(chan struct{}, layerWalks),
+		ctx: ctx, stop: stop, byID: make(map[string]*layer),
+	}
+}
+
+// get gives the last known size, measured anew if it is old and that is quick
+// enough; nil when it was never measured. The result is shared: read only.
+func (l *layers) get(ctx context.Context, id string) *runtime.FilesystemUsage {
+	running := l.refresh(id)
+	if running != nil {
+		wait := time.NewTimer(layerWait)
+		defer wait.Stop()
+		select {
+		case <-running:
+		case <-wait.C:
+		case <-ctx.Done():
+		}
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if one := l.byID[id]; one != nil {
+		return one.last
+	}
+	return nil
+}
+
+// refresh starts a measurement if the last one is old, and gives the channel
+// that its end closes; nil when there is nothing to wait for.
+func (l *layers) refresh(id string) chan struct{} {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	one := l.byID[id]
+	if one == nil {
+		one = &layer{}
+		l.byID[id] = one
+	}
+	if one.running != nil || l.closed || (!one.at.IsZero() && time.Since(one.at) < layerAge) {
+		return one.running
+	}
+	one.at = time.Now()
+	running := make(chan struct{})
+	one.running = running
+	l.done.Go(func() { l.walk(id, one, running) })
+	return running
+}
+
+// walk measures one layer. An error leaves the last size: the layer is being
+// removed, as a rule, and the next measurement tells.
+func (l *layers) walk(id string, one *layer, running chan struct{}) {
+	defer close(running)
+	var disk Disk
+	var err error
+	select {
+	case l.slots <- struct{}{}:
+		disk, err = l.measure(l.ctx, id)
+		<-l.slots
+	case <-l.ctx.Done():
+		err = l.ctx.Err()
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	one.running = nil
+	if err != nil {
+		return
+	}
+	one.last = &runtime.FilesystemUsage{
+		Timestamp:  time.Now().UnixNano(),
+		FsId:       &runtime.FilesystemIdentifier{Mountpoint: l.mountpoint},
+		UsedBytes:  value(uint64(max(disk.Bytes, 0))),
+		InodesUsed: value(uint64(max(disk.Inodes, 0))),
+	}
+}
+
+func (l *layers) forget(id string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	delete(l.byID, id)
+}
+
+func (l *layers) close() {
+	l.mu.Lock()
+	l.closed = true
+	l.mu.Unlock()
+	l.stop()
+	l.done.Wait()
+}
