@@ -328,7 +328,7 @@ func withStoppedChild(flags uintptr, uids, gids []specs.LinuxIDMapping, f func(p
 	if err := child.Kill(); err != nil {
 		ferr = errors.Join(ferr, fmt.Errorf("kill child: %w", err))
 	}
-	return errors.Join(ferr, reap(child.Pid))
+	return errors.Join(ferr, reap(child.Pid), child.Release())
 }
 
 // reap waits until the traced child is dead; its stop may be reported before.

@@ -118,6 +118,13 @@ func New(cfg Config) (*Network, error) {
 			return nil, fmt.Errorf("make CNI cache directory: %w", err)
 		}
 	}
+	// Records that a crash has left half written: nothing was attached yet.
+	half, _ := filepath.Glob(filepath.Join(cfg.CacheDir, "attachments", "*.new"))
+	for _, path := range half {
+		if err := os.Remove(path); err != nil {
+			return nil, fmt.Errorf("clean CNI cache directory: %w", err)
+		}
+	}
 	r := &runner{limit: cfg.PluginTimeout}
 	n := &Network{
 		cfg: cfg, runner: r,
