@@ -1,17 +1,41 @@
 // Package monitor is the daemon's side of podmon, the small process that is the
 // parent of every container.
+//
+// One podmon runs as long as containers do, and longer than the daemon. New finds
+// the one that is there, or starts one. When it dies or stops answering, it is
+// killed for good and another one takes over its containers, which run on:
+//
+//	podmon 1 ----X                    containers keep running; their output
+//	              \                   waits in FIFOs
+//	daemon         +-- adopt --> podmon 2
+//
+// For that the Monitor keeps a pidfd of every container's PID 1, so that its exit
+// code can still be had (Linux 6.15), and duplicates of its stdio, so that no pipe
+// breaks. It routes each request to the podmon that holds the container; during
+// an upgrade there are two.
+//
+// Errors have the classes of errdefs: NotFound for a container that is not held
+// (and, from Signal, for one whose PID 1 is gone), Unavailable when podmon was
+// lost in the middle of a request that cannot be repeated safely.
 package monitor
 
 import (
 	"context"
+	"crypto/rand"
+	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
+	"sync"
 	"syscall"
 	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"github.com/sirupsen/logrus"
+	"golang.org/x/sys/unix"
+
+	"github.com/podshim/podshim/internal/monitor/wire"
 )
 
 // Options configure a Monitor.
@@ -36,71 +60,380 @@ var (
 	ErrNotExecutable = fmt.Errorf("not executable: %w", errdefs.ErrInvalidArgument)
 )
 
-var errNotYet = fmt.Errorf("monitor is being built: %w", errdefs.ErrUnavailable)
-
 // Monitor runs containers through podmon.
-type Monitor struct{}
+type Monitor struct {
+	o      Options
+	log    *logrus.Entry
+	events *queue
+	ctx    context.Context // of background work; ended by Close
+	cancel context.CancelFunc
+	work   sync.WaitGroup
 
-// New connects to every podmon that is alive in RunDir, or starts one.
-func New(ctx context.Context, o Options) (*Monitor, error) { return nil, errNotYet }
+	// upgrading is held while the current podmon changes, not for requests.
+	upgrading sync.Mutex
 
-// Start creates and starts a container.
+	mu      sync.Mutex
+	closed  bool
+	current *link // nil while there is none
+	links   map[*link]struct{}
+	held    map[string]*held
+	early   map[string]*Event // of containers that Start has not returned yet
+	changed chan struct{}     // closed and replaced when routes change
+}
+
+// held is a container as the daemon knows it.
+type held struct {
+	owner  *link
+	status Status
+	// Descriptors by number, -1 is none; see wire.Message.
+	pidfd, stdin, console, stdout, stderr int
+}
+
+// New connects to every podmon that is alive in RunDir and takes over what dead
+// ones left, or starts the first one. Exits that happened meanwhile are in List
+// and come as Events.
+func New(ctx context.Context, o Options) (_ *Monitor, err error) {
+	if o.PingInterval == 0 {
+		o.PingInterval = 5 * time.Second
+	}
+	if o.PingTimeout == 0 {
+		o.PingTimeout = 10 * time.Second
+	}
+	if o.Log == nil {
+		o.Log = logrus.NewEntry(logrus.StandardLogger())
+	}
+	for _, dir := range []string{o.RunDir, filepath.Join(o.RunDir, "podmon"), filepath.Join(o.RunDir, "containers")} {
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return nil, err
+		}
+	}
+	m := &Monitor{
+		o: o, log: o.Log, events: newQueue(),
+		links: map[*link]struct{}{}, held: map[string]*held{}, early: map[string]*Event{},
+		changed: make(chan struct{}),
+	}
+	m.ctx, m.cancel = context.WithCancel(context.Background())
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, m.Close())
+		}
+	}()
+	if err := m.reconnect(ctx); err != nil {
+		return nil, err
+	}
+	if m.current == nil {
+		if err := m.startPodmon(ctx); err != nil {
+			return nil, err
+		}
+	}
+	return m, m.adoptOrphans(ctx)
+}
+
+// Close drops the connections; podmon and the containers go on.
+func (m *Monitor) Close() error {
+	m.cancel()
+	m.mu.Lock()
+	m.closed = true
+	links := m.links
+	m.links = map[*link]struct{}{}
+	m.announce()
+	m.mu.Unlock()
+	for l := range links {
+		l.close()
+	}
+	m.work.Wait()
+	m.events.close()
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for id, h := range m.held {
+		h.close()
+		delete(m.held, id)
+	}
+	return nil
+}
+
+// announce wakes those who wait for a route; mu is held.
+func (m *Monitor) announce() {
+	close(m.changed)
+	m.changed = make(chan struct{})
+}
+
+func (h *held) close() {
+	for _, fd := range []*int{&h.pidfd, &h.stdin, &h.console, &h.stdout, &h.stderr} {
+		closeFd(fd)
+	}
+}
+
+func closeFd(fd *int) {
+	if *fd >= 0 {
+		unix.Close(*fd)
+	}
+	*fd = -1
+}
+
+// keep makes a held container of an answer's descriptors.
+func keep(owner *link, status Status, answer *wire.Message) *held {
+	return &held{
+		owner: owner, status: status,
+		pidfd: answer.Fd(wire.FilePidfd), stdin: answer.Fd(wire.FileStdin), console: answer.Fd(wire.FileConsole),
+		stdout: answer.Fd(wire.FileStdout), stderr: answer.Fd(wire.FileStderr),
+	}
+}
+
+// offer adds the descriptors to a message, so that another podmon goes on with them.
+func (h *held) offer(m *wire.Message) error {
+	return errors.Join(
+		m.AttachFd(wire.FilePidfd, h.pidfd), m.AttachFd(wire.FileStdin, h.stdin),
+		m.AttachFd(wire.FileConsole, h.console),
+		m.AttachFd(wire.FileStdout, h.stdout), m.AttachFd(wire.FileStderr, h.stderr),
+	)
+}
+
+// Start creates and starts a container. When ctx ends first, or podmon is lost
+// (Unavailable), the container may exist all the same; Delete removes it.
 func (m *Monitor) Start(ctx context.Context, r StartRequest) (Process, error) {
-	return Process{}, errNotYet
+	m.mu.Lock()
+	if m.held[r.ID] != nil || m.early[r.ID] != nil {
+		m.mu.Unlock()
+		return Process{}, fmt.Errorf("start: container %s: %w", r.ID, errdefs.ErrAlreadyExists)
+	}
+	m.early[r.ID] = &Event{}
+	m.mu.Unlock()
+	h, err := m.start(ctx, r)
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	event := m.early[r.ID]
+	delete(m.early, r.ID)
+	if err != nil {
+		return Process{}, err
+	}
+	if m.closed {
+		h.close()
+		return h.status.Process, nil
+	}
+	m.held[r.ID] = h
+	if event.ID != "" {
+		m.exited(h, *event)
+	}
+	// A link that was lost meanwhile has been handed over without this one.
+	if _, alive := m.links[h.owner]; !alive {
+		m.work.Go(func() { m.handOver(h.owner) })
+	}
+	return h.status.Process, nil
+}
+
+func (m *Monitor) start(ctx context.Context, r StartRequest) (*held, error) {
+	l, err := m.route(ctx, "")
+	if err != nil {
+		return nil, fmt.Errorf("start: %w", err)
+	}
+	answer, err := l.call(ctx, wire.OpStart, r, nil)
+	if err != nil {
+		return nil, err
+	}
+	defer answer.Close()
+	status := Status{ID: r.ID}
+	if err := wire.Decode(answer.Body, &status.Process); err != nil {
+		return nil, err
+	}
+	return keep(l, status, answer), nil
+}
+
+// route returns the podmon that holds a container, the current one for no ID or
+// an unknown one, and waits while it is being replaced.
+func (m *Monitor) route(ctx context.Context, id string) (*link, error) {
+	for {
+		m.mu.Lock()
+		if m.closed {
+			m.mu.Unlock()
+			return nil, fmt.Errorf("monitor is closed: %w", errdefs.ErrUnavailable)
+		}
+		l := m.current
+		if h := m.held[id]; h != nil {
+			l = h.owner
+		}
+		_, alive := m.links[l]
+		changed := m.changed
+		m.mu.Unlock()
+		if alive {
+			return l, nil
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return nil, fmt.Errorf("wait for podmon: %w", ctx.Err())
+		}
+	}
+}
+
+// do sends a request that may safely be sent twice, and sends it again when its
+// podmon is lost.
+func (m *Monitor) do(ctx context.Context, id, op string, body any) error {
+	for {
+		l, err := m.route(ctx, id)
+		if err != nil {
+			return err
+		}
+		err = l.request(ctx, op, body, nil)
+		if !errors.Is(err, errLost) {
+			return err
+		}
+		m.discard(l)
+	}
+}
+
+func (m *Monitor) known(id string) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.held[id] == nil {
+		return fmt.Errorf("container %s: %w", id, errdefs.ErrNotFound)
+	}
+	return nil
 }
 
 // Signal sends sig to PID 1, or to every process of the container.
 func (m *Monitor) Signal(ctx context.Context, id string, sig syscall.Signal, all bool) error {
-	return errNotYet
+	if err := m.known(id); err != nil {
+		return err
+	}
+	return m.do(ctx, id, wire.OpSignal, wire.Signal{ID: id, Signal: int(sig), All: all})
 }
 
-// Delete kills what is left of a container and removes all of it.
-func (m *Monitor) Delete(ctx context.Context, id string) error { return errNotYet }
-
-// Exec is one process started in a running container.
-type Exec struct {
-	PID int
-	// Console is the pseudo terminal's master; nil without a terminal. The caller closes it.
-	Console *os.File
+// Delete kills what is left of a container and removes all of it. The gone, and
+// the never started, is success. It returns after the exit event, if there is
+// still one to come, is queued.
+func (m *Monitor) Delete(ctx context.Context, id string) error {
+	if err := m.do(ctx, id, wire.OpDelete, wire.Ref{ID: id}); err != nil {
+		return fmt.Errorf("delete %s: %w", id, err)
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if h := m.held[id]; h != nil {
+		h.close()
+		delete(m.held, id)
+	}
+	return nil
 }
 
-// Exec starts a process in a running container.
-func (m *Monitor) Exec(ctx context.Context, r ExecRequest) (*Exec, error) { return nil, errNotYet }
+// Attach copies output until the container ends, the reader goes away, podmon
+// is replaced (Unavailable) or ctx ends. The files stay the caller's, who closes
+// them at once after the call began to have any effect: podmon has duplicates.
+func (m *Monitor) Attach(ctx context.Context, r AttachRequest) error {
+	if err := m.known(r.ContainerID); err != nil {
+		return err
+	}
+	l, err := m.route(ctx, r.ContainerID)
+	if err != nil {
+		return err
+	}
+	answer, err := l.call(ctx, wire.OpAttach, wire.Ref{ID: r.ContainerID}, func(msg *wire.Message) error {
+		return errors.Join(msg.Attach(wire.FileStdout, r.Stdout), msg.Attach(wire.FileStderr, r.Stderr))
+	})
+	if err != nil {
+		return fmt.Errorf("attach: %w", err)
+	}
+	answer.Close()
+	return nil
+}
 
-// Wait returns how the process ended.
-func (e *Exec) Wait(ctx context.Context) (Exit, error) { return Exit{}, errNotYet }
+// Stdin returns a duplicate of the write end of standard input; the caller
+// closes it. FailedPrecondition when the container has none.
+func (m *Monitor) Stdin(id string) (*os.File, error) {
+	return m.end(id, "stdin", func(h *held) int { return h.stdin })
+}
 
-// Kill sends sig to the process; the gone is success.
-func (e *Exec) Kill(sig syscall.Signal) error { return errNotYet }
+// Console returns a duplicate of the terminal's master (input, resize); the
+// caller closes it. FailedPrecondition when the container has none.
+func (m *Monitor) Console(id string) (*os.File, error) {
+	return m.end(id, "console", func(h *held) int { return h.console })
+}
 
-// Attach copies output until the container ends, the reader goes away or ctx ends.
-func (m *Monitor) Attach(ctx context.Context, r AttachRequest) error { return errNotYet }
-
-// Stdin returns a duplicate of the write end of standard input; the caller closes it.
-func (m *Monitor) Stdin(id string) (*os.File, error) { return nil, errNotYet }
-
-// Console returns a duplicate of the terminal's master (input, resize); the caller closes it.
-func (m *Monitor) Console(id string) (*os.File, error) { return nil, errNotYet }
+func (m *Monitor) end(id, name string, of func(*held) int) (*os.File, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	h := m.held[id]
+	if h == nil {
+		return nil, fmt.Errorf("container %s: %w", id, errdefs.ErrNotFound)
+	}
+	fd := of(h)
+	if fd < 0 {
+		return nil, fmt.Errorf("container %s has no %s: %w", id, name, errdefs.ErrFailedPrecondition)
+	}
+	dup, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 3)
+	if err != nil {
+		return nil, fmt.Errorf("duplicate %s: %w", name, err)
+	}
+	return os.NewFile(uintptr(dup), name), nil
+}
 
 // CloseStdin lets the container read end of file once all duplicates are closed too.
-func (m *Monitor) CloseStdin(ctx context.Context, id string) error { return errNotYet }
+func (m *Monitor) CloseStdin(ctx context.Context, id string) error {
+	if err := m.known(id); err != nil {
+		return err
+	}
+	m.mu.Lock()
+	if h := m.held[id]; h != nil {
+		closeFd(&h.stdin)
+	}
+	m.mu.Unlock()
+	return m.do(ctx, id, wire.OpCloseStdin, wire.Ref{ID: id})
+}
 
 // ReopenLog opens the log's path anew, after a rotation.
-func (m *Monitor) ReopenLog(ctx context.Context, id string) error { return errNotYet }
+func (m *Monitor) ReopenLog(ctx context.Context, id string) error {
+	if err := m.known(id); err != nil {
+		return err
+	}
+	return m.do(ctx, id, wire.OpReopenLog, wire.Ref{ID: id})
+}
 
-// Update changes a running container's resources.
+// Update changes a running container's resources; what r leaves out stays.
 func (m *Monitor) Update(ctx context.Context, id string, r *specs.LinuxResources) error {
-	return errNotYet
+	if err := m.known(id); err != nil {
+		return err
+	}
+	return m.do(ctx, id, wire.OpUpdate, wire.Update{ID: id, Resources: r})
 }
 
 // List returns every container the monitors hold, the exited ones with their exit.
-func (m *Monitor) List() []Status { return nil }
+func (m *Monitor) List() []Status {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	list := make([]Status, 0, len(m.held))
+	for _, h := range m.held {
+		list = append(list, h.status)
+	}
+	return list
+}
 
-// Events delivers the exit of every container, once.
-func (m *Monitor) Events() <-chan Event { return nil }
+// Events delivers the exit of every container, once, and is closed by Close.
+func (m *Monitor) Events() <-chan Event { return m.events.out }
 
-// Upgrade replaces the running podmon by a new one from Options.Binary.
-func (m *Monitor) Upgrade(ctx context.Context) error { return errNotYet }
+// onExit takes an exit from a podmon.
+func (m *Monitor) onExit(l *link, e Event) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if h := m.held[e.ID]; h != nil {
+		if h.owner == l {
+			m.exited(h, e)
+		}
+		return
+	}
+	if early := m.early[e.ID]; early != nil {
+		*early = e
+	}
+}
 
-// Close drops the connections; podmon and the containers go on.
-func (m *Monitor) Close() error { return nil }
+// exited publishes an exit; mu is held.
+func (m *Monitor) exited(h *held, e Event) {
+	if h.status.Exit != nil {
+		return
+	}
+	exit := e.Exit
+	h.status.Exit = &exit
+	h.close()
+	m.events.put(e)
+}
+
+// newName names a podmon; short, for it is in a socket's path.
+func newName() string { return rand.Text()[:8] }

@@ -228,13 +228,8 @@ func (c *Container) Handles(answer *wire.Message) error {
 	if err != nil || c.output == nil || c.rec.Terminal {
 		return err
 	}
-	for name, f := range c.output.Files() {
-		// A stream that has ended is closed, and needs nothing kept.
-		if err := answer.Attach(name, f); err != nil && !errors.Is(err, fs.ErrClosed) {
-			return err
-		}
-	}
-	return nil
+	// A stream that has ended needs nothing kept.
+	return c.output.Share(answer.Attach)
 }
 
 // CloseStdin closes podmon's end of standard input.
@@ -255,7 +250,7 @@ func (c *Container) Signal(ctx context.Context, sig syscall.Signal, all bool) er
 	if all {
 		return c.signalAll(ctx, sig)
 	}
-	err := control(c.pidfd, func(fd int) error { return unix.PidfdSendSignal(fd, sig, nil, 0) })
+	err := c.signalInit(sig)
 	switch {
 	case errors.Is(err, unix.ESRCH):
 		return wire.Errorf(wire.ClassNotFound, "container %s has exited", c.ID)
@@ -268,6 +263,16 @@ func (c *Container) Signal(ctx context.Context, sig syscall.Signal, all bool) er
 		return c.thaw()
 	}
 	return nil
+}
+
+// signalInit signals PID 1; ESRCH when it is gone.
+func (c *Container) signalInit(sig syscall.Signal) error {
+	c.mu.Lock() // the pidfd stays open
+	defer c.mu.Unlock()
+	if c.exit != nil {
+		return unix.ESRCH
+	}
+	return control(c.pidfd, func(fd int) error { return unix.PidfdSendSignal(fd, sig, nil, 0) })
 }
 
 // thaw lets a killed process die: on cgroup v1 a frozen one does not.

@@ -1,6 +1,7 @@
 package container
 
 import (
+	"errors"
 	"os"
 	"syscall"
 
@@ -117,9 +118,9 @@ func (e *Exec) watch(m *Manager) {
 		status, known = state.Sys().(syscall.WaitStatus)
 	}
 	e.exit = exitOf(status, known, at)
-	e.pidfd.Close()
 	m.execs.Add(-1)
 	close(e.done)
+	e.pidfd.Close() // after done: Kill tells by it why the pidfd is closed
 }
 
 // Done is closed when the process has ended.
@@ -130,24 +131,14 @@ func (e *Exec) Exit() wire.Exit { return e.exit }
 
 // Kill sends a signal; the gone is success.
 func (e *Exec) Kill(sig syscall.Signal) error {
+	err := control(e.pidfd, func(fd int) error { return unix.PidfdSendSignal(fd, sig, nil, 0) })
 	select {
 	case <-e.done:
 		return nil
 	default:
 	}
-	err := control(e.pidfd, func(fd int) error { return unix.PidfdSendSignal(fd, sig, nil, 0) })
-	if err == unix.ESRCH || e.pidfdClosed() {
+	if errors.Is(err, unix.ESRCH) {
 		return nil
 	}
 	return err
-}
-
-// pidfdClosed tells that watch has closed the pidfd between two steps of Kill.
-func (e *Exec) pidfdClosed() bool {
-	select {
-	case <-e.done:
-		return true
-	default:
-		return false
-	}
 }

@@ -7,11 +7,11 @@ package stdio
 import (
 	"context"
 	"errors"
-	"io/fs"
 	"os"
 	"sync"
 	"time"
 
+	"github.com/sirupsen/logrus"
 	"golang.org/x/sys/unix"
 
 	"github.com/podshim/podshim/cmd/podmon/internal/crilog"
@@ -38,7 +38,11 @@ type Output struct {
 }
 
 type stream struct {
-	f       *os.File
+	f *os.File
+
+	mu    sync.Mutex // held while others use f
+	ended bool       // f is closed
+
 	lines   crilog.Lines
 	rest    string // file that keeps lines.Rest for a successor
 	hasRest bool
@@ -61,18 +65,37 @@ func (o *Output) Read(name string, f *os.File, rest string) {
 	o.readers.Go(func() { o.pump(s) })
 }
 
-// Files returns the read ends by stream; those of ended streams are closed.
-func (o *Output) Files() map[string]*os.File {
-	files := map[string]*os.File{}
+// Share calls add for the read end of every stream that has not ended. The files
+// are valid during the call.
+func (o *Output) Share(add func(stream string, f *os.File) error) error {
 	for _, s := range o.streams {
-		files[s.lines.Stream] = s.f
+		if err := s.use(func() error { return add(s.lines.Stream, s.f) }); err != nil {
+			return err
+		}
 	}
-	return files
+	return nil
+}
+
+// use runs f unless the stream has ended, and keeps its file open meanwhile.
+func (s *stream) use(f func() error) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.ended {
+		return nil
+	}
+	return f()
+}
+
+func (s *stream) close() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.ended = true
+	s.f.Close()
 }
 
 // pump ends at end of file or when the read deadline is set to the past.
 func (o *Output) pump(s *stream) {
-	defer s.f.Close()
+	defer s.close()
 	raw, err := s.f.SyscallConn()
 	if err != nil {
 		return
@@ -204,11 +227,11 @@ func (o *Output) Release() error {
 	return o.end()
 }
 
+// interrupt ends all waiting for output.
 func (o *Output) interrupt() {
 	for _, s := range o.streams {
-		// A stream whose file is closed has ended by itself.
-		if err := s.f.SetReadDeadline(time.Unix(1, 0)); err != nil && !errors.Is(err, fs.ErrClosed) {
-			s.f.Close()
+		if err := s.use(func() error { return s.f.SetReadDeadline(time.Unix(1, 0)) }); err != nil {
+			logrus.WithError(err).Error("stop reading output")
 		}
 	}
 }

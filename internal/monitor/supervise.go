@@ -1,0 +1,340 @@
+package monitor
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/podshim/podshim/internal/monitor/wire"
+)
+
+// retryStart is the pause between attempts to start a podmon.
+const retryStart = time.Second
+
+// reconnect finds the podmons that are alive; directories of dead ones go.
+func (m *Monitor) reconnect(ctx context.Context) error {
+	root := filepath.Join(m.o.RunDir, "podmon")
+	entries, err := os.ReadDir(root)
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		dir := filepath.Join(root, e.Name())
+		l, err := m.dialLimited(ctx, e.Name(), dir)
+		if err != nil {
+			m.log.WithError(err).WithField("podmon", e.Name()).Info("podmon is gone")
+			if err := os.RemoveAll(dir); err != nil {
+				return err
+			}
+			continue
+		}
+		if err := m.welcome(ctx, l); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// dialLimited gives up on a podmon that accepts and does not answer, and kills it.
+func (m *Monitor) dialLimited(ctx context.Context, name, dir string) (*link, error) {
+	ctx, cancel := context.WithTimeout(ctx, m.o.PingTimeout)
+	defer cancel()
+	l, err := dial(ctx, name, dir, m.onExit)
+	if err != nil && errors.Is(err, context.DeadlineExceeded) {
+		err = errors.Join(err, killHung(dir))
+	}
+	return l, err
+}
+
+// welcome takes the containers of a podmon over into the Monitor.
+func (m *Monitor) welcome(ctx context.Context, l *link) error {
+	for _, status := range l.Containers {
+		answer, err := l.call(ctx, wire.OpHandles, wire.Ref{ID: status.ID}, nil)
+		if errors.Is(err, errdefs.ErrNotFound) {
+			continue // deleted meanwhile
+		}
+		if err != nil {
+			return fmt.Errorf("reconnect container %s: %w", status.ID, err)
+		}
+		h := keep(l, Status{ID: status.ID, Process: status.Process}, answer)
+		answer.Close()
+		m.mu.Lock()
+		m.held[status.ID] = h
+		if status.Exit != nil {
+			m.exited(h, Event{ID: status.ID, Exit: *status.Exit})
+		}
+		m.mu.Unlock()
+	}
+	m.admit(l)
+	return nil
+}
+
+// admit makes l the podmon of new containers and watches over it.
+func (m *Monitor) admit(l *link) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.links[l] = struct{}{}
+	m.current = l
+	m.announce()
+	m.work.Go(func() { m.watch(l) })
+}
+
+// startPodmon starts a podmon and makes it the current one.
+func (m *Monitor) startPodmon(ctx context.Context) error {
+	binary, err := seal(m.o.Binary)
+	if err != nil {
+		return err
+	}
+	defer binary.Close()
+	name := newName()
+	l, err := spawn(ctx, m.o, binary, name, filepath.Join(m.o.RunDir, "podmon", name), m.onExit)
+	if err != nil {
+		return err
+	}
+	m.log.WithField("podmon", name).WithField("pid", l.Process.PID).Info("podmon started")
+	m.admit(l)
+	return nil
+}
+
+// watch pings a podmon until it is lost, and then has it replaced.
+func (m *Monitor) watch(l *link) {
+	tick := time.NewTicker(m.o.PingInterval)
+	defer tick.Stop()
+	for {
+		select {
+		case <-m.ctx.Done():
+			return
+		case <-l.lost:
+			m.discard(l)
+			m.replace(l)
+			return
+		case <-tick.C:
+			if err := l.ping(m.ctx, m.o.PingTimeout); err != nil && m.ctx.Err() == nil {
+				m.log.WithField("podmon", l.name).WithError(err).Warn("podmon does not answer")
+				l.fail()
+			}
+		}
+	}
+}
+
+// discard takes a lost podmon out of the routes: requests to its containers wait.
+func (m *Monitor) discard(l *link) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	delete(m.links, l)
+	if m.current == l {
+		m.current = nil
+	}
+}
+
+// replace makes sure that a lost podmon is dead, starts another one where
+// there is none, and hands the containers over.
+func (m *Monitor) replace(l *link) {
+	for {
+		err := l.kill(m.ctx)
+		if err == nil {
+			break
+		}
+		m.log.WithField("podmon", l.name).WithError(err).Error("lost podmon is not dead")
+		if !m.pause() {
+			l.close()
+			return
+		}
+	}
+	l.close()
+	if err := os.RemoveAll(l.dir); err != nil {
+		m.log.WithError(err).Warn("remove podmon's directory")
+	}
+	m.handOver(l)
+}
+
+// pause waits before another attempt; false when the Monitor is closed.
+func (m *Monitor) pause() bool {
+	select {
+	case <-m.ctx.Done():
+		return false
+	case <-time.After(retryStart):
+		return true
+	}
+}
+
+// handOver gives all containers of a dead podmon to the current one, which is
+// started if need be.
+func (m *Monitor) handOver(from *link) {
+	m.upgrading.Lock()
+	defer m.upgrading.Unlock()
+	for m.ctx.Err() == nil {
+		err := m.ensureCurrent(m.ctx)
+		if err == nil {
+			err = m.adoptAll(m.ctx, from)
+		}
+		if err == nil {
+			return
+		}
+		m.log.WithError(err).Error("hand containers over")
+		m.pause()
+	}
+}
+
+func (m *Monitor) ensureCurrent(ctx context.Context) error {
+	m.mu.Lock()
+	current := m.current
+	m.mu.Unlock()
+	if current != nil {
+		return nil
+	}
+	return m.startPodmon(ctx)
+}
+
+// adoptAll moves every container of from, which reads none of them any more.
+func (m *Monitor) adoptAll(ctx context.Context, from *link) error {
+	for _, id := range m.heldBy(from) {
+		if err := m.adopt(ctx, id); err != nil {
+			return err
+		}
+	}
+	return m.adoptOrphans(ctx)
+}
+
+func (m *Monitor) heldBy(l *link) []string {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	var ids []string
+	for id, h := range m.held {
+		if h.owner == l {
+			ids = append(ids, id)
+		}
+	}
+	slices.Sort(ids)
+	return ids
+}
+
+// adoptOrphans hands over what is on record and held by no podmon: containers
+// of a podmon that died while the daemon was away, and those whose start was cut
+// short.
+func (m *Monitor) adoptOrphans(ctx context.Context) error {
+	entries, err := os.ReadDir(filepath.Join(m.o.RunDir, "containers"))
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		m.mu.Lock()
+		_, known := m.held[e.Name()]
+		_, starting := m.early[e.Name()]
+		m.mu.Unlock()
+		if known || starting {
+			continue
+		}
+		if err := m.adopt(ctx, e.Name()); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// adopt gives one container to the current podmon. One that cannot be taken over
+// is left on record for Delete, and must not keep the others from it.
+func (m *Monitor) adopt(ctx context.Context, id string) error {
+	m.mu.Lock()
+	to, h := m.current, m.held[id]
+	m.mu.Unlock()
+	if to == nil {
+		return errLost
+	}
+	answer, err := to.call(ctx, wire.OpAdopt, wire.Ref{ID: id}, func(msg *wire.Message) error {
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		if h == nil {
+			return nil
+		}
+		return h.offer(msg)
+	})
+	if errors.Is(err, errLost) || ctx.Err() != nil {
+		return err
+	}
+	if err != nil {
+		m.log.WithField("container", id).WithError(err).Warn("container cannot be taken over")
+		m.giveUp(id, h, err)
+		return nil
+	}
+	defer answer.Close()
+	var status Status
+	if err := wire.Decode(answer.Body, &status); err != nil {
+		return err
+	}
+	fresh := keep(to, Status{ID: id, Process: status.Process}, answer)
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if h != nil {
+		fresh.status.Exit = h.status.Exit
+		h.close()
+	}
+	m.held[id] = fresh
+	if status.Exit != nil {
+		m.exited(fresh, Event{ID: id, Exit: *status.Exit})
+	}
+	m.announce()
+	return nil
+}
+
+// giveUp settles a container that no podmon can hold: as far as anybody can
+// know it has ended, with an exit nobody heard.
+func (m *Monitor) giveUp(id string, h *held, cause error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if h == nil {
+		return
+	}
+	h.owner = m.current
+	m.exited(h, Event{ID: id, Exit: Exit{At: time.Now()}})
+	m.announce()
+}
+
+// Upgrade starts a podmon from Options.Binary and makes it the one for new
+// containers. Running containers move to it without a stall of more than
+// milliseconds; where the kernel could not tell their exit codes to the new podmon
+// (before Linux 6.15) they stay with the old one until they end.
+func (m *Monitor) Upgrade(ctx context.Context) error {
+	m.upgrading.Lock()
+	defer m.upgrading.Unlock()
+	m.mu.Lock()
+	old := m.current
+	m.mu.Unlock()
+	if err := m.startPodmon(ctx); err != nil {
+		return fmt.Errorf("upgrade: %w", err)
+	}
+	if old == nil {
+		return nil
+	}
+	if old.ExitInfo {
+		for _, id := range m.heldBy(old) {
+			if err := m.move(ctx, old, id); err != nil {
+				return fmt.Errorf("upgrade: move %s: %w", id, err)
+			}
+		}
+	}
+	if err := old.request(ctx, wire.OpRetire, struct{}{}, nil); err != nil && !errors.Is(err, errLost) {
+		return fmt.Errorf("upgrade: retire the old podmon: %w", err)
+	}
+	return nil
+}
+
+// move hands one container from a living podmon to the current one.
+func (m *Monitor) move(ctx context.Context, from *link, id string) error {
+	// Once released it must arrive, whatever happens to the caller.
+	ctx = context.WithoutCancel(ctx)
+	err := from.request(ctx, wire.OpRelease, wire.Ref{ID: id}, nil)
+	if errors.Is(err, errLost) {
+		return nil // its containers are handed over as those of a dead podmon
+	}
+	if err != nil && !errors.Is(err, errdefs.ErrNotFound) {
+		return err
+	}
+	return m.adopt(ctx, id)
+}
