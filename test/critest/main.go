@@ -36,6 +36,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/podshim/podshim/test/machine"
 )
 
 // options are the flags.
@@ -77,8 +79,8 @@ func parse() options {
 	var o options
 	flag.StringVar(&o.runtime, "runtime", "podshim", "runtime to test: podshim, or containerd (from -peers)")
 	flag.StringVar(&o.podshim, "podshim", "bin/podshim", "podshim executable; podmon lies beside it")
-	flag.StringVar(&o.tools, "tools", "bin/tools", "directory of critest and the CNI plugins")
-	flag.StringVar(&o.peers, "peers", "bin/peers", "directory of containerd, its shim and runc")
+	flag.StringVar(&o.tools, "tools", "_artifacts/tools", "directory of critest and the CNI plugins")
+	flag.StringVar(&o.peers, "peers", "_artifacts/peers", "directory of containerd, its shim and runc")
 	flag.StringVar(&o.images, "images", "_artifacts/images", "where built test images are kept")
 	flag.StringVar(&o.artifacts, "artifacts", "_artifacts/critest", "directory for reports and logs")
 	flag.StringVar(&o.handler, "runtime-handler", "", "run all pods with a runtime handler of this name")
@@ -159,8 +161,5 @@ func settle() error {
 	if err := netlink.LinkSetUp(lo); err != nil {
 		return fmt.Errorf("set loopback up: %w", err)
 	}
-	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
-		return fmt.Errorf("become subreaper: %w", err)
-	}
-	return nil
+	return machine.Adopt()
 }

@@ -2,14 +2,13 @@ package main
 
 import (
 	"context"
+	_ "embed"
 	"errors"
 	"fmt"
 	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strings"
-	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -18,6 +17,9 @@ import (
 	"github.com/podshim/podshim/test/machine"
 	"github.com/podshim/podshim/test/private"
 )
+
+//go:embed benchmark.yaml
+var benchmarkParams []byte
 
 // runtime is what the suite is run against.
 type runtime interface {
@@ -77,7 +79,9 @@ func runOnce(ctx context.Context, o options, set *images.Set) (_ tally, err erro
 	defer func() { err = errors.Join(err, place.Remove()) }()
 	scope := place.Scope(os.Getpid())
 	scope.Whole = true
-	// critest leaves its own temporary files; they go with the place.
+	if o.runtime == "podshim" {
+		scope.Files = append(scope.Files, place.Path("run"), place.Path("root"))
+	}
 	empty, err := scope.Held()
 	if err != nil {
 		return tally{}, err
@@ -98,15 +102,21 @@ func runOnce(ctx context.Context, o options, set *images.Set) (_ tally, err erro
 	defer log.Close()
 	daemon, err := start(ctx, o, place, log)
 	if err != nil {
-		return tally{}, errors.Join(err, sweep(), fmt.Errorf("the daemon's log is %s", log.Name()))
+		return tally{}, errors.Join(err, machine.Sweep(), fmt.Errorf("the daemon's log is %s", log.Name()))
+	}
+	idle, err := besideDaemon(scope).Held()
+	if err != nil {
+		return tally{}, errors.Join(err, daemon.Kill(), machine.Sweep())
 	}
 	fmt.Printf("%s: pid %d, seed %d\n", o.runtime, daemon.PID(), o.seed)
 	t, err := suites(ctx, o, place)
 	if ctx.Err() != nil {
-		return t, errors.Join(ctx.Err(), daemon.Kill(), sweep())
+		return t, errors.Join(ctx.Err(), daemon.Kill(), machine.Sweep())
 	}
-	leaks, leakErr := leaksOf(o, scope, empty, daemon)
-	err = errors.Join(err, leakErr, sweep())
+	problems, emptyErr := emptied(ctx, o, place.Endpoint())
+	t.problems = append(t.problems, problems...)
+	leaks, leakErr := leaksOf(scope, place, empty, idle, daemon)
+	err = errors.Join(err, emptyErr, leakErr, machine.Sweep())
 	for _, leak := range leaks {
 		t.problems = append(t.problems, "left behind: "+leak.String())
 	}
@@ -138,6 +148,9 @@ func suites(ctx context.Context, o options, place *private.Place) (tally, error)
 		out := filepath.Join(o.artifacts, "benchmark")
 		if err := os.MkdirAll(out, 0o755); err != nil {
 			return tally{}, fmt.Errorf("make benchmark directory: %w", err)
+		}
+		if err := os.WriteFile(place.Path("benchmark.yaml"), benchmarkParams, 0o644); err != nil {
+			return tally{}, fmt.Errorf("write benchmark parameters: %w", err)
 		}
 		r, err := critest(ctx, o, place, "benchmark", "-benchmark",
 			"-benchmarking-params-file", place.Path("benchmark.yaml"), "-benchmarking-output-dir", out)
@@ -209,104 +222,30 @@ func critest(ctx context.Context, o options, place *private.Place, name string, 
 // leaksOf compares the machine with what it was before the daemon started:
 // first beside the daemon, which must hold nothing for pods that are gone, then
 // after it has stopped.
-func leaksOf(o options, scope machine.Scope, empty []machine.Thing, daemon runtime) ([]machine.Thing, error) {
-	beside := scope
-	beside.Parent = 0 // the daemon's own processes are there
-	beside.Whole = false
-	beside.Dir = ""
-	held, err := beside.Held()
+func leaksOf(scope machine.Scope, place *private.Place, empty, idle []machine.Thing, daemon runtime) ([]machine.Thing, error) {
+	held, err := besideDaemon(scope).Held()
 	if err != nil {
 		return nil, errors.Join(err, daemon.Kill())
 	}
-	leaks := machine.Leaks(empty, held)
+	leaks := machine.Leaks(append(idle, empty...), held)
 	if err := daemon.Stop(); err != nil {
 		return leaks, err
 	}
-	if err := stopMonitors(o); err != nil {
-		return leaks, err
-	}
-	reap()
+	machine.Reap()
+	// The monitors are still there, and must be without children.
+	scope.Except = place.Monitors()
+	scope.Files = nil
 	held, err = scope.Held()
 	if err != nil {
 		return leaks, err
 	}
-	return append(leaks, machine.Leaks(append(empty, leaks...), held)...), nil
+	leaks = append(leaks, machine.Leaks(append(empty, leaks...), held)...)
+	return leaks, place.KillMonitors()
 }
 
-// stopMonitors ends the monitors that outlive the daemon by design and waits
-// for them, at most 10 s.
-func stopMonitors(o options) error {
-	deadline := time.Now().Add(10 * time.Second)
-	for _, pid := range children(func(name string) bool { return strings.HasPrefix(name, "podmon") }) {
-		if err := unix.Kill(pid, unix.SIGTERM); err != nil && !errors.Is(err, unix.ESRCH) {
-			return fmt.Errorf("stop podmon: %w", err)
-		}
-		if err := awaitExit(pid, time.Until(deadline)); err != nil {
-			return fmt.Errorf("stop podmon: %w", err)
-		}
-	}
-	return nil
-}
-
-// awaitExit waits for the end of a process through its pidfd.
-func awaitExit(pid int, limit time.Duration) error {
-	fd, err := unix.PidfdOpen(pid, 0)
-	if errors.Is(err, unix.ESRCH) {
-		return nil
-	}
-	if err != nil {
-		return fmt.Errorf("open pidfd of %d: %w", pid, err)
-	}
-	defer unix.Close(fd)
-	n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, int(limit.Milliseconds()))
-	if err == nil && n == 0 {
-		return fmt.Errorf("process %d is still there", pid)
-	}
-	return err
-}
-
-// children are this process's own, the orphans it adopted among them.
-func children(keep func(name string) bool) []int {
-	things, err := (machine.Scope{Parent: os.Getpid()}).Held()
-	if err != nil {
-		return nil
-	}
-	var pids []int
-	for _, t := range things {
-		var pid int
-		var rest string
-		if _, err := fmt.Sscanf(t.Name, "%d (%s", &pid, &rest); err == nil && keep(rest) {
-			pids = append(pids, pid)
-		}
-	}
-	return pids
-}
-
-// reap collects the adopted children that have ended: a zombie is no leak of
-// the runtime, this process is init for it.
-func reap() {
-	for {
-		var status syscall.WaitStatus
-		pid, err := syscall.Wait4(-1, &status, syscall.WNOHANG, nil)
-		if err != nil || pid <= 0 {
-			return
-		}
-	}
-}
-
-// sweep kills whatever a failed run left, so that the machine is clean for the
-// next one.
-func sweep() error {
-	var errs []error
-	for _, pid := range children(func(string) bool { return true }) {
-		if err := unix.Kill(pid, unix.SIGKILL); err != nil && !errors.Is(err, unix.ESRCH) {
-			errs = append(errs, err)
-			continue
-		}
-		if err := awaitExit(pid, 5*time.Second); err != nil {
-			errs = append(errs, err)
-		}
-	}
-	reap()
-	return errors.Join(errs...)
+// besideDaemon is the scope as it can be judged while the daemon is up: what
+// is the daemon's own, its processes and mounts, is left out.
+func besideDaemon(scope machine.Scope) machine.Scope {
+	scope.Parent, scope.Whole, scope.Dir = 0, false, ""
+	return scope
 }

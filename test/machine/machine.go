@@ -36,7 +36,8 @@ type Scope struct {
 	// child subreaper (prctl PR_SET_CHILD_SUBREAPER), so that what the run
 	// orphans stays its descendant.
 	Parent int
-	// Except are descendants that are meant to be there.
+	// Except are descendants that are meant to be there; their own
+	// descendants are not excepted.
 	Except []int
 	// Dir is the run's own directory: mounts below it and mounts made from
 	// files in it are the run's.
@@ -51,7 +52,8 @@ type Scope struct {
 	// Files are directories in which every file is the run's: IP
 	// reservations, the run directory, snapshots.
 	Files []string
-	// Ignore drops files by name from Files.
+	// Ignore drops a file from Files; of a directory that is ignored, what is
+	// in it still counts.
 	Ignore func(path string) bool
 	// Whole takes every mount, link and firewall rule of the caller's
 	// namespaces as the run's. For callers in namespaces of their own.
@@ -120,7 +122,7 @@ func (s Scope) processes() ([]Thing, error) {
 	}
 	var things []Thing
 	for pid, name := range names {
-		if s.descends(pid, parents) {
+		if !slices.Contains(s.Except, pid) && s.descends(pid, parents) {
 			things = append(things, Thing{"process", name})
 		}
 	}
@@ -128,13 +130,9 @@ func (s Scope) processes() ([]Thing, error) {
 	return things, nil
 }
 
-// descends tells whether a process comes from Parent, by a way that does not
-// lead through Except.
+// descends tells whether a process comes from Parent.
 func (s Scope) descends(pid int, parents map[int]int) bool {
 	for hops := 0; pid > 1 && hops < len(parents); hops++ {
-		if slices.Contains(s.Except, pid) {
-			return false
-		}
 		pid = parents[pid]
 		if pid == s.Parent {
 			return true
@@ -254,7 +252,7 @@ func CgroupRoots() ([]string, error) {
 func (s Scope) files() ([]Thing, error) {
 	var things []Thing
 	for _, top := range s.Files {
-		err := filepath.WalkDir(top, func(path string, _ fs.DirEntry, err error) error {
+		err := filepath.WalkDir(top, func(path string, d fs.DirEntry, err error) error {
 			switch {
 			case errors.Is(err, fs.ErrNotExist):
 				return nil
@@ -262,6 +260,9 @@ func (s Scope) files() ([]Thing, error) {
 				return err
 			case path != top && (s.Ignore == nil || !s.Ignore(path)):
 				things = append(things, Thing{"file", path})
+			}
+			if slices.Contains([]string{"fs", "work", "rootfs"}, d.Name()) && d.IsDir() {
+				return fs.SkipDir // a container's files, not the runtime's
 			}
 			return nil
 		})

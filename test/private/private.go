@@ -15,6 +15,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -154,6 +155,38 @@ func (p *Place) Start(ctx context.Context, c Config) (*Daemon, error) {
 		return nil, errors.Join(err, d.Kill())
 	}
 	return d, nil
+}
+
+// Monitors are the pids of the podmons that serve the place. They outlive the
+// daemon by design, and are ended by KillMonitors.
+func (p *Place) Monitors() []int {
+	files, err := filepath.Glob("/proc/[0-9]*/cmdline")
+	if err != nil {
+		return nil
+	}
+	var pids []int
+	for _, file := range files {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			continue // gone meanwhile
+		}
+		args := strings.Split(string(text), "\x00")
+		pid, err := strconv.Atoi(filepath.Base(filepath.Dir(file)))
+		if err == nil && len(args) > 2 && args[1] == "serve" && strings.HasPrefix(args[2], p.Path("run")) {
+			pids = append(pids, pid)
+		}
+	}
+	return pids
+}
+
+// KillMonitors ends the place's podmons; they take no gentler signal. To be
+// called when they hold no container any more.
+func (p *Place) KillMonitors() error {
+	var errs []error
+	for _, pid := range p.Monitors() {
+		errs = append(errs, machine.Kill(pid, 10*time.Second))
+	}
+	return errors.Join(errs...)
 }
 
 // PID of the daemon.

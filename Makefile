@@ -1,0 +1,118 @@
+# podshim. `make help` says what there is.
+#
+# Every target installs what it needs and this machine lacks (Debian packages,
+# by hack/need.sh; Go modules, by Go). Wanted beforehand: Go, and root.
+
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+
+VERSION  ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
+BIN      := $(CURDIR)/bin
+TOOLS    := $(CURDIR)/_artifacts/tools
+PEERS    := $(CURDIR)/_artifacts/peers
+IMAGES   := $(CURDIR)/_artifacts/images
+PREFIX   ?= /usr/local
+DESTDIR  ?=
+ARGS     ?=
+
+LDFLAGS  := -s -w -X main.version=$(VERSION)
+need     := hack/need.sh
+
+# Packages by what they are needed for: PROBE=PACKAGE.
+NEED_BUILD  := gcc=gcc /usr/include/stdlib.h=libc6-dev /usr/include/seccomp.h=libseccomp-dev
+NEED_IMAGES := gcc=gcc /usr/include/stdlib.h=libc6-dev debootstrap=debootstrap \
+               /usr/share/keyrings/debian-archive-keyring.gpg=debian-archive-keyring
+NEED_TEST   := iptables=iptables nft=nftables ip=iproute2 busybox=busybox
+
+##@ Build
+
+.PHONY: build
+build: ## podshim and podmon, into bin/
+	@$(need) $(NEED_BUILD)
+	CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/podshim ./cmd/podshim
+	# Static: podmon starts itself again for every container, inside the
+	# container's mount namespace, and must not need a loader or libraries.
+	CGO_ENABLED=1 go build -trimpath -tags 'seccomp netgo osusergo' \
+		-ldflags '$(LDFLAGS) -linkmode external -extldflags -static' -o $(BIN)/podmon ./cmd/podmon
+
+.PHONY: install
+install: build ## podshim and podmon, into $(DESTDIR)$(PREFIX)
+	install -D -m 0755 $(BIN)/podshim $(DESTDIR)$(PREFIX)/bin/podshim
+	install -D -m 0755 $(BIN)/podmon $(DESTDIR)$(PREFIX)/bin/podmon
+
+.PHONY: clean
+clean: ## Remove what was built (not the downloaded Debian packages)
+	rm -rf $(BIN) $(TOOLS) $(PEERS) _artifacts/critest $(IMAGES)/layout-*
+
+##@ Try
+
+.PHONY: demo
+demo: build tools images ## One pod on a private podshim, shown and taken down again
+	@$(need) $(NEED_TEST)
+	@go run ./hack/demo $(ARGS)
+
+##@ Test
+
+.PHONY: test
+test: lint unit pod critest ## All tests; what .ci/run calls
+
+.PHONY: unit
+unit: ## Tests of the packages, as root where they need it
+	@$(need) $(NEED_BUILD) $(NEED_TEST)
+	@$(MAKE) --no-print-directory tools images
+	PODSHIM_TOOLS_DIR=$(TOOLS) go test -tags seccomp ./cmd/... ./internal/... ./test/images/...
+
+.PHONY: pod
+pod: build tools ## Pods on a real podshim, seen by the kernel
+	@$(need) $(NEED_TEST)
+	PODSHIM_BIN_DIR=$(BIN) PODSHIM_TOOLS_DIR=$(TOOLS) go test -count=1 -timeout 20m ./test/pod/...
+
+.PHONY: critest
+critest: build tools images ## cri-tools' conformance suite, and a search for leaks
+	@$(need) $(NEED_TEST)
+	go run ./test/critest $(ARGS)
+
+.PHONY: critest-vs-containerd
+critest-vs-containerd: critest peers ## The same suite on containerd, to compare the time it takes
+	go run ./test/critest -runtime containerd -websocket=false $(ARGS)
+
+.PHONY: critest-bench
+critest-bench: build tools images ## critest's benchmarks; JSON in _artifacts/critest/benchmark
+	@$(need) $(NEED_TEST)
+	go run ./test/critest -benchmark $(ARGS)
+
+.PHONY: lint
+lint: ## gofmt and go vet
+	@unformatted=$$(gofmt -l cmd internal test hack); \
+	if [ -n "$$unformatted" ]; then echo "gofmt -w these:"; echo "$$unformatted"; exit 1; fi
+	@$(need) $(NEED_BUILD)
+	go vet -tags seccomp ./...
+
+##@ Programs that tests drive podshim with
+
+.PHONY: tools
+tools: ## crictl, critest and the CNI plugins, at the versions of hack/tools
+	@mkdir -p $(TOOLS)
+	@cd hack/tools && version=$$(go list -m -f '{{.Version}}' sigs.k8s.io/cri-tools) && \
+	flags="-X sigs.k8s.io/cri-tools/pkg/version.Version=$${version#v}" && \
+	CGO_ENABLED=0 go build -ldflags "$$flags" -o $(TOOLS)/ sigs.k8s.io/cri-tools/cmd/crictl && \
+	CGO_ENABLED=0 go test -c -ldflags "$$flags" -o $(TOOLS)/critest sigs.k8s.io/cri-tools/cmd/critest && \
+	CGO_ENABLED=0 go build -o $(TOOLS)/ $$(sed -n 's|^\t_ "\(.*/plugins/.*\)"|\1|p' tools.go)
+
+.PHONY: peers
+peers: ## containerd and runc, for comparisons (takes minutes)
+	@$(need) $(NEED_BUILD)
+	GOBIN=$(PEERS) go install -tags 'no_btrfs no_devmapper no_zfs' github.com/containerd/containerd/v2/cmd/containerd@v2.4.2
+	GOBIN=$(PEERS) go install -tags 'no_btrfs no_devmapper no_zfs' github.com/containerd/containerd/v2/cmd/containerd-shim-runc-v2@v2.4.2
+	GOBIN=$(PEERS) go install -tags seccomp github.com/opencontainers/runc@v1.5.2
+
+.PHONY: images
+images: ## Test images from Debian's packages, into _artifacts/images
+	@$(need) $(NEED_IMAGES)
+	@go run ./test/images/testimages build -dir $(IMAGES) >/dev/null
+
+.PHONY: help
+help: ## This list
+	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*## / {printf "  make %-22s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

@@ -1,0 +1,56 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
+)
+
+// emptied asks the runtime whether it believes to be empty after the suite, and
+// removes the images, so that what is left of them can be seen. It returns
+// what should not have been there.
+func emptied(ctx context.Context, o options, endpoint string) ([]string, error) {
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	conn, err := grpc.NewClient(endpoint, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		return nil, fmt.Errorf("connect to runtime: %w", err)
+	}
+	defer conn.Close()
+	runtime, images := cri.NewRuntimeServiceClient(conn), cri.NewImageServiceClient(conn)
+
+	var problems []string
+	pods, err := runtime.ListPodSandbox(ctx, &cri.ListPodSandboxRequest{})
+	if err != nil {
+		return nil, fmt.Errorf("list pods after the suite: %w", err)
+	}
+	for _, pod := range pods.GetItems() {
+		problems = append(problems, fmt.Sprintf("left behind: pod %s (%s)", pod.GetId(), pod.GetMetadata().GetName()))
+	}
+	containers, err := runtime.ListContainers(ctx, &cri.ListContainersRequest{})
+	if err != nil {
+		return nil, fmt.Errorf("list containers after the suite: %w", err)
+	}
+	for _, c := range containers.GetContainers() {
+		problems = append(problems, fmt.Sprintf("left behind: container %s (%s)", c.GetId(), c.GetMetadata().GetName()))
+	}
+	list, err := images.ListImages(ctx, &cri.ListImagesRequest{})
+	if err != nil {
+		return nil, fmt.Errorf("list images after the suite: %w", err)
+	}
+	for _, image := range list.GetImages() {
+		if slices.Contains(image.GetRepoTags(), o.infraImage) {
+			continue
+		}
+		_, err := images.RemoveImage(ctx, &cri.RemoveImageRequest{Image: &cri.ImageSpec{Image: image.GetId()}})
+		if err != nil {
+			return nil, fmt.Errorf("remove image %v: %w", image.GetRepoTags(), err)
+		}
+	}
+	return problems, nil
+}
