@@ -18,7 +18,9 @@ var Binaries = sync.OnceValues(func() (string, error) {
 	if err != nil {
 		return "", err
 	}
-	build := exec.Command("go", "build", "-tags", "seccomp", "-o", dir+"/", "./cmd/podshim", "./cmd/podmon")
+	built = dir
+	// make knows the flags: podmon must be static.
+	build := exec.Command("make", "build", "BIN="+dir)
 	build.Dir = repository()
 	if out, err := build.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("build podshim and podmon: %w\n%s", err, out)
@@ -26,13 +28,13 @@ var Binaries = sync.OnceValues(func() (string, error) {
 	return dir, nil
 })
 
+// built is the directory Binaries has made; "" when it has made none.
+var built string
+
 // removeBinaries takes away what Binaries has built.
 func removeBinaries() {
-	if os.Getenv("PODSHIM_BIN_DIR") != "" {
-		return
-	}
-	if dir, err := Binaries(); err == nil {
-		_ = os.RemoveAll(dir)
+	if built != "" {
+		_ = os.RemoveAll(built)
 	}
 }
 
