@@ -2,15 +2,463 @@ package main
 
 import (
 	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
 
+	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/sirupsen/logrus"
+	"google.golang.org/grpc"
 
+	"github.com/podshim/podshim/internal/cni"
 	"github.com/podshim/podshim/internal/config"
+	"github.com/podshim/podshim/internal/container"
+	"github.com/podshim/podshim/internal/cri"
+	"github.com/podshim/podshim/internal/host"
+	"github.com/podshim/podshim/internal/image"
+	"github.com/podshim/podshim/internal/monitor"
+	"github.com/podshim/podshim/internal/sandbox"
+	"github.com/podshim/podshim/internal/spec"
+	"github.com/podshim/podshim/internal/state"
+	"github.com/podshim/podshim/internal/stats"
+	"github.com/podshim/podshim/internal/streaming"
 )
 
-// serve runs until ctx ends.
-func serve(ctx context.Context, cfg *config.Config, log *logrus.Logger) error {
-	log.WithField("socket", cfg.CRI.Socket).Info("started")
-	<-ctx.Done()
+const (
+	// operationLimit bounds what no client's deadline does: an operation goes on
+	// when its caller has given up, so that the retry finds it done.
+	operationLimit = 10 * time.Minute
+	// shutdownLimit is how long calls may take to end when podshim is stopped.
+	shutdownLimit = 10 * time.Second
+)
+
+// serve builds the daemon's parts, serves until ctx ends, and takes the parts
+// down in reverse. Containers run on.
+func serve(ctx context.Context, cfg *config.Config, log *logrus.Logger) (err error) {
+	quietLibraries(log)
+	d := &parts{cfg: cfg, log: log}
+	defer func() { err = errors.Join(err, d.close()) }()
+	if err := d.build(ctx); err != nil {
+		return err
+	}
+	listener, err := listen(cfg.CRI)
+	if err != nil {
+		return err
+	}
+	served := make(chan error, 1)
+	go func() { served <- d.server.Serve(listener) }()
+	log.WithFields(logrus.Fields{"socket": cfg.CRI.Socket, "version": thisBuild().Version}).Info("podshim is ready")
+	if _, err := daemon.SdNotify(false, daemon.SdNotifyReady); err != nil {
+		log.WithError(err).Warn("tell systemd")
+	}
+	select {
+	case err := <-served:
+		return fmt.Errorf("serve %s: %w", cfg.CRI.Socket, err)
+	case <-ctx.Done():
+		log.Info("podshim stops; containers run on")
+		return nil
+	}
+}
+
+// parts are the daemon's, in the order in which they are built.
+type parts struct {
+	cfg *config.Config
+	log *logrus.Logger
+
+	host       spec.Host
+	handlers   map[string]spec.Handler
+	sandboxes  *sandbox.Manager
+	containers *container.Manager
+	images     *image.Store
+	network    *cni.Network
+	monitor    *monitor.Monitor
+	stats      *stats.Collector
+	changes    cri.Events
+	server     *grpc.Server
+
+	events  sync.WaitGroup
+	closers []func() error
+}
+
+func (d *parts) entry(part string) *logrus.Entry { return d.log.WithField("part", part) }
+
+// onClose registers what takes a part down.
+func (d *parts) onClose(f func() error) { d.closers = append(d.closers, f) }
+
+func (d *parts) close() error {
+	var errs []error
+	for i := len(d.closers) - 1; i >= 0; i-- {
+		errs = append(errs, d.closers[i]())
+	}
+	return errors.Join(errs...)
+}
+
+func (d *parts) build(ctx context.Context) error {
+	for _, step := range []struct {
+		what string
+		do   func(context.Context) error
+	}{
+		{"make directories", d.makeDirs},
+		{"look at this machine", d.lookAtHost},
+		{"images", d.openImages},
+		{"network", d.openNetwork},
+		{"monitor", d.openMonitor},
+		{"stats", d.openStats},
+		{"pods", d.openPods},
+		{"serve CRI", d.openServer},
+	} {
+		start := time.Now()
+		if err := step.do(ctx); err != nil {
+			return fmt.Errorf("%s: %w", step.what, err)
+		}
+		d.log.WithField("took", time.Since(start).Round(time.Microsecond)).Debugf("start: %s", step.what)
+	}
 	return nil
+}
+
+func (d *parts) run(name string) string  { return filepath.Join(d.cfg.Run, name) }
+func (d *parts) root(name string) string { return filepath.Join(d.cfg.Root, name) }
+
+func (d *parts) makeDirs(context.Context) error {
+	// What containers' roots lie in must be traversable from a user namespace;
+	// what is private below has a directory of its own, mode 0700.
+	for dir, mode := range map[string]os.FileMode{
+		d.cfg.Root: 0o711, d.cfg.Run: 0o711,
+		d.run("sandboxes"): 0o711, d.run("containers"): 0o711, d.root("containers"): 0o711,
+	} {
+		if err := os.MkdirAll(dir, mode); err != nil {
+			return err
+		}
+		if err := os.Chmod(dir, mode); err != nil { // in spite of the umask, or an older version
+			return err
+		}
+	}
+	return nil
+}
+
+func (d *parts) lookAtHost(context.Context) (err error) {
+	d.host, _, err = host.Facts(host.Options{CgroupDriver: d.cfg.Cgroup.Driver, Dir: d.cfg.Root})
+	if err != nil {
+		return err
+	}
+	d.handlers, err = handlers(d.cfg.Runtime)
+	return err
+}
+
+func (d *parts) openImages(context.Context) (err error) {
+	d.images, err = image.Open(image.Config{
+		Root:                   d.root("images"),
+		HostsDirs:              d.cfg.Image.CertsDirs,
+		Pinned:                 d.cfg.Image.Pinned,
+		MaxConcurrentDownloads: d.cfg.Image.MaxConcurrentDownloads,
+		NoProgressTimeout:      d.cfg.Image.PullProgressTimeout.Std(),
+		Log:                    d.entry("image"),
+	})
+	if err == nil {
+		d.onClose(d.images.Close)
+	}
+	return err
+}
+
+func (d *parts) openNetwork(context.Context) (err error) {
+	d.network, err = cni.New(cni.Config{
+		ConfDir:       d.cfg.Network.ConfDir,
+		BinDirs:       d.cfg.Network.BinDirs,
+		CacheDir:      d.root("cni"),
+		PluginTimeout: d.cfg.Network.PluginTimeout.Std(),
+		Log:           d.entry("cni"),
+	})
+	if err == nil {
+		d.onClose(func() error { d.network.Close(); return nil })
+	}
+	return err
+}
+
+func (d *parts) openMonitor(ctx context.Context) error {
+	binary, err := d.cfg.MonitorBinary()
+	if err != nil {
+		return err
+	}
+	d.monitor, err = monitor.New(ctx, monitor.Options{
+		RunDir:        d.run("monitor"),
+		Binary:        binary,
+		SystemdCgroup: d.host.SystemdCgroup,
+		Log:           d.entry("monitor"),
+	})
+	if err == nil {
+		d.onClose(d.monitor.Close)
+	}
+	return err
+}
+
+// openPods reads what pods there are and goes on with them where the last
+// podshim has left off.
+func (d *parts) openPods(ctx context.Context) error {
+	records, err := state.Open(state.Config{
+		Database: d.root("state.db"), RunDir: d.run("state"), Log: d.entry("state"),
+	})
+	if err != nil {
+		return err
+	}
+	d.onClose(records.Close)
+	exits, stop := context.WithCancel(context.Background())
+	// Taken down after the managers: what they wait for are exits.
+	d.onClose(func() error {
+		stop()
+		d.events.Wait()
+		return nil
+	})
+	infra, err := d.infraRoot()
+	if err != nil {
+		return err
+	}
+	d.sandboxes, err = sandbox.NewManager(sandbox.Config{
+		RunDir:         d.run("sandboxes"),
+		NetnsDir:       d.cfg.Network.NetnsDir,
+		CgroupParent:   d.cfg.Cgroup.Parent,
+		OperationLimit: operationLimit,
+		Host:           d.host,
+		Handlers:       d.handlers,
+		Records:        records,
+		Monitor:        d.monitor,
+		Network:        d.network,
+		Infra:          infra,
+		Changed:        d.sandboxChanged,
+		Log:            d.entry("sandbox"),
+	})
+	if err != nil {
+		return err
+	}
+	d.onClose(within(d.sandboxes.Close))
+	d.containers, err = container.NewManager(container.Config{
+		RunDir:         d.run("containers"),
+		RootDir:        d.root("containers"),
+		OperationLimit: operationLimit,
+		ExecSyncLimit:  d.cfg.CRI.ExecSyncOutputLimit,
+		Host:           d.host,
+		Handlers:       d.handlers,
+		Records:        records,
+		Monitor:        d.monitor,
+		Images:         d.images,
+		Sandboxes:      d.sandboxes,
+		Changed:        d.containerChanged,
+		Log:            d.entry("container"),
+	})
+	if err != nil {
+		return err
+	}
+	d.onClose(within(d.containers.Close))
+	d.watchExits(exits)
+	return d.removeStrangers(ctx)
+}
+
+func (d *parts) infraRoot() (sandbox.InfraRoot, error) {
+	if ref := d.cfg.Image.InfraImage; ref != "" {
+		return &sandbox.ImageInfra{Images: d.images, Ref: ref, Dir: d.run("infra")}, nil
+	}
+	return sandbox.NewEmbeddedInfra(d.run("infra"))
+}
+
+// watchExits hands every end of a container to whose it is, until ctx ends.
+// Each waits for the operation that runs on that container,
+// so they do not wait for each other.
+func (d *parts) watchExits(ctx context.Context) {
+	d.events.Go(func() {
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case e, ok := <-d.monitor.Events():
+				if !ok {
+					return
+				}
+				d.events.Go(func() { d.exited(ctx, e) })
+			}
+		}
+	})
+}
+
+// within gives a part's Close the time that a shutdown may take.
+func within(end func(context.Context) error) func() error {
+	return func() error {
+		ctx, cancel := context.WithTimeout(context.Background(), shutdownLimit)
+		defer cancel()
+		return end(ctx)
+	}
+}
+
+func (d *parts) exited(ctx context.Context, e monitor.Event) {
+	note := d.containers.Exited
+	if d.sandboxes.Owns(e.ID) {
+		note = d.sandboxes.Exited
+	}
+	if err := note(ctx, e); err != nil && ctx.Err() == nil {
+		d.log.WithError(err).WithField("container", e.ID).Error("note the end of a container")
+	}
+}
+
+// sandboxChanged and containerChanged tell the parts that follow what happens.
+func (d *parts) sandboxChanged(before, after *sandbox.Record) {
+	if after == nil {
+		d.stats.Forget(before.ID)
+	}
+	d.changes.Sandbox(before, after, d.pod)
+}
+
+func (d *parts) containerChanged(before, after *container.Record) {
+	if after == nil {
+		d.stats.Forget(before.ID)
+	}
+	d.changes.Container(before, after, d.pod)
+}
+
+// pod is a pod as it is now; the sandbox is nil when it is gone.
+func (d *parts) pod(id string) (*sandbox.Record, []*container.Record) {
+	s, err := d.sandboxes.Get(id)
+	if err != nil {
+		return nil, nil
+	}
+	return s.Get(), d.containers.InSandbox(id)
+}
+
+// removeStrangers ends what the monitor runs and no record knows: a record is
+// written before its container is started, so these are of a removed one.
+func (d *parts) removeStrangers(ctx context.Context) error {
+	for _, s := range d.monitor.List() {
+		if d.sandboxes.Owns(s.ID) || d.containers.Owns(s.ID) {
+			continue
+		}
+		d.log.WithField("container", s.ID).Warn("podmon runs a container that no record knows: removing it")
+		if err := d.monitor.Delete(ctx, s.ID); err != nil {
+			return fmt.Errorf("remove unknown container %s: %w", s.ID, err)
+		}
+	}
+	return nil
+}
+
+func (d *parts) openServer(context.Context) error {
+	stream, err := streaming.NewServer(streaming.Config{
+		Address:     d.cfg.CRI.StreamAddress,
+		Port:        d.cfg.CRI.StreamPort,
+		IdleTimeout: d.cfg.CRI.StreamIdleTimeout.Std(),
+		Log:         d.entry("streaming"),
+	}, &streamed{Manager: d.containers, sandboxes: d.sandboxes})
+	if err != nil {
+		return err
+	}
+	d.onClose(stream.Close)
+	d.server = cri.NewServer(cri.Config{
+		Version:    thisBuild().Version,
+		Sandboxes:  d.sandboxes,
+		Containers: d.containers,
+		Images:     d.images,
+		Network:    d.network,
+		Stats:      d.stats,
+		Streaming:  stream,
+		Events:     &d.changes,
+		Host:       d.host,
+		Handlers:   d.handlers,
+		Effective:  d.cfg,
+		MaxMessage: d.cfg.CRI.MaxMessageSize,
+		Log:        d.entry("cri"),
+	})
+	d.onClose(func() error {
+		d.changes.Close() // its subscribers would keep the server from stopping
+		stopServer(d.server)
+		return nil
+	})
+	return nil
+}
+
+func (d *parts) openStats(context.Context) (err error) {
+	d.stats, err = stats.New(stats.Config{Writable: d.writableLayer, Mountpoint: d.root("images")})
+	if err == nil {
+		d.onClose(func() error { d.stats.Close(); return nil })
+	}
+	return err
+}
+
+func (d *parts) writableLayer(ctx context.Context, id string) (stats.Disk, error) {
+	u, err := d.images.Usage(ctx, id)
+	return stats.Disk{Bytes: u.Bytes, Inodes: u.Inodes}, err
+}
+
+// stopServer lets the calls that run end, within limits.
+func stopServer(s *grpc.Server) {
+	hard := time.AfterFunc(shutdownLimit, s.Stop)
+	defer hard.Stop()
+	s.GracefulStop()
+}
+
+// handlers resolves the configured runtime handlers; "" is always one.
+func handlers(cfg config.Runtime) (map[string]spec.Handler, error) {
+	out := make(map[string]spec.Handler)
+	names := []string{""}
+	for name := range cfg.Handlers {
+		names = append(names, name)
+	}
+	for _, name := range names {
+		r, ok := cfg.Handler(name)
+		if !ok {
+			return nil, fmt.Errorf("runtime.default_handler: there is no handler %q", cfg.DefaultHandler)
+		}
+		h := spec.Handler{
+			Name:       r.Name,
+			NofileSoft: r.NofileSoft, NofileHard: r.NofileHard,
+			PidsLimit:                    r.PidsLimit,
+			DefaultCapabilities:          r.DefaultCapabilities,
+			PrivilegedWithoutHostDevices: r.PrivilegedWithoutHostDevices,
+		}
+		if r.SeccompProfile != "" {
+			profile, err := os.ReadFile(r.SeccompProfile)
+			if err != nil {
+				return nil, fmt.Errorf("runtime.seccomp_profile: %w", err)
+			}
+			h.SeccompProfile = profile
+		}
+		out[name] = h
+	}
+	return out, nil
+}
+
+// listen opens the CRI socket: root's, and a configured group's.
+func listen(cfg config.CRI) (net.Listener, error) {
+	if err := os.MkdirAll(filepath.Dir(cfg.Socket), 0o711); err != nil {
+		return nil, fmt.Errorf("make socket directory: %w", err)
+	}
+	gid, err := socketGroup(cfg.SocketGroup)
+	if err != nil {
+		return nil, err
+	}
+	// A socket that the last podshim left. The state database's lock has told
+	// that no other one is alive.
+	if err := os.Remove(cfg.Socket); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("remove old socket: %w", err)
+	}
+	// Bound under another name and moved when its mode is right: nobody finds
+	// it with any other.
+	early := filepath.Join(filepath.Dir(cfg.Socket), ".new")
+	if err := os.Remove(early); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("remove old socket: %w", err)
+	}
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: early, Net: "unix"})
+	if err != nil {
+		return nil, fmt.Errorf("listen: %w", err)
+	}
+	l.SetUnlinkOnClose(false)
+	err = os.Chown(early, 0, gid)
+	if err == nil {
+		err = os.Chmod(early, 0o660)
+	}
+	if err == nil {
+		err = os.Rename(early, cfg.Socket)
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("open socket %s: %w", cfg.Socket, err), l.Close())
+	}
+	return l, nil
 }

@@ -52,5 +52,17 @@ func Do[T any](ctx context.Context, g *Group, key string, fn func(context.Contex
 	}
 }
 
-// Wait returns when no operation runs any more.
-func (g *Group) Wait() { g.wg.Wait() }
+// Wait returns when no operation runs any more, or with the context's error.
+func (g *Group) Wait(ctx context.Context) error {
+	idle := make(chan struct{})
+	go func() {
+		g.wg.Wait()
+		close(idle)
+	}()
+	select {
+	case <-idle:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}

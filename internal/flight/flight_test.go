@@ -37,7 +37,9 @@ func TestRetryJoinsWhatItsCallerGaveUp(t *testing.T) {
 	if err != nil || id != "id" || runs != 1 {
 		t.Fatalf("id %q, %v, after %d runs", id, err, runs)
 	}
-	g.Wait()
+	if err := g.Wait(context.Background()); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // onWait is a context that tells when somebody waits on it.

@@ -48,6 +48,9 @@ func ForContainer(c Container) (*specs.Spec, error) {
 	if spec.Linux.Resources, err = Resources(c.Config.GetLinux().GetResources(), c.Host, nil); err != nil {
 		return nil, err
 	}
+	if limit := c.Handler.PidsLimit; limit > 0 && spec.Linux.Resources.Pids == nil {
+		spec.Linux.Resources.Pids = &specs.LinuxPids{Limit: &limit}
+	}
 	spec.Linux.Devices, spec.Linux.Resources.Devices = containerDevices(c)
 	if err := applyClasses(c, spec.Linux); err != nil {
 		return nil, err

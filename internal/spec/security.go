@@ -97,8 +97,12 @@ func seccompFor(r seccompRequest) (*specs.LinuxSeccomp, error) {
 	if p.GetProfileType() == runtime.SecurityProfile_Localhost {
 		return localSeccomp(r, p.GetLocalhostRef())
 	}
-	if r.handler.SeccompProfile != nil {
-		return r.handler.SeccompProfile, nil
+	if body := r.handler.SeccompProfile; body != nil {
+		profile, err := seccomp.LoadProfile(string(body), r.spec)
+		if err != nil {
+			return nil, fmt.Errorf("seccomp profile of handler %q: %w", r.handler.Name, err)
+		}
+		return profile, nil
 	}
 	profile, err := seccomp.GetDefaultProfile(r.spec)
 	if err != nil {

@@ -167,8 +167,12 @@ type Handler struct {
 	// DefaultCapabilities before add and drop of the config; nil is
 	// DefaultCapabilities of this package.
 	DefaultCapabilities []string
-	// SeccompProfile is the profile for RuntimeDefault; nil is the built-in one.
-	SeccompProfile *specs.LinuxSeccomp
+	// SeccompProfile is the profile for RuntimeDefault, JSON in Docker's format
+	// or the OCI's; nil is the built-in one.
+	SeccompProfile []byte
+	// PidsLimit is the most processes a container may have; 0 is no limit of
+	// its own (kubelet limits the pod's).
+	PidsLimit int64
 	// UnsetSeccomp is what a container with no profile in its config gets; nil
 	// is Unconfined, as the CRI says of an empty profile.
 	UnsetSeccomp *runtime.SecurityProfile

@@ -1,0 +1,77 @@
+package container
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/containerd/errdefs"
+	"google.golang.org/protobuf/proto"
+	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/podshim/podshim/internal/spec"
+)
+
+// UpdateResources changes the limits of a created or running container. What
+// the request leaves at zero stays as it is (CRI UpdateContainerResources).
+func (m *Manager) UpdateResources(ctx context.Context, id string, want *runtime.LinuxContainerResources) error {
+	c, err := m.Get(id)
+	if err != nil {
+		return err
+	}
+	unlock, err := m.ops.Lock(ctx, c.Get().ID)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	r := c.Get()
+	if r.State != Running && r.State != Created {
+		return fmt.Errorf("container %s is %s: its resources cannot be changed: %w", r.ID, r.State, errdefs.ErrFailedPrecondition)
+	}
+	oci, err := m.Spec(r.ID)
+	if err != nil {
+		return err
+	}
+	resources, err := spec.Resources(want, m.Host, oci.Linux.Resources)
+	if err != nil {
+		return err
+	}
+	if r.State == Running {
+		if err := m.Monitor.Update(ctx, r.ID, resources); err != nil {
+			return fmt.Errorf("update resources of container %s: %w", r.ID, err)
+		}
+	}
+	oci.Linux.Resources = resources
+	if err := m.saveSpec(r.ID, oci); err != nil {
+		return err
+	}
+	return m.update(c, func(r *Record) {
+		r.Resources = merge(r.CurrentResources(), want)
+	})
+}
+
+// merge lays what a request sets over what was in force.
+func merge(old, want *runtime.LinuxContainerResources) *runtime.LinuxContainerResources {
+	out := new(runtime.LinuxContainerResources)
+	if old != nil {
+		proto.Merge(out, old)
+	}
+	// A list is replaced, not added to.
+	if len(want.GetHugepageLimits()) > 0 {
+		out.HugepageLimits = nil
+	}
+	proto.Merge(out, want)
+	return out
+}
+
+// ReopenLog makes the log's writer open its file anew, after kubelet has moved
+// it away (CRI ReopenContainerLog).
+func (m *Manager) ReopenLog(ctx context.Context, id string) error {
+	r, err := m.running(id)
+	if err != nil {
+		return err
+	}
+	if err := m.Monitor.ReopenLog(ctx, r.ID); err != nil {
+		return fmt.Errorf("reopen log of container %s: %w", r.ID, err)
+	}
+	return nil
+}

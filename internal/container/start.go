@@ -1,0 +1,94 @@
+package container
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/podshim/podshim/internal/flight"
+	"github.com/podshim/podshim/internal/monitor"
+)
+
+// Start runs a created container. One that is running already was started by
+// the caller's earlier try: that is success.
+func (m *Manager) Start(ctx context.Context, id string) error {
+	c, err := m.Get(id)
+	if err != nil {
+		return err
+	}
+	id = c.Get().ID
+	_, err = flight.Do(ctx, &m.flights, "start/"+id, func(ctx context.Context) (struct{}, error) {
+		return struct{}{}, m.start(ctx, c)
+	})
+	return err
+}
+
+func (m *Manager) start(ctx context.Context, c *Container) error {
+	r := c.Get()
+	unlock, err := m.ops.Lock(ctx, r.ID)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	r = c.Get()
+	switch r.State {
+	case Running:
+		return nil
+	case Created:
+	default:
+		return fmt.Errorf("container %s is %s: only a created container can be started: %w", r.ID, r.State, errdefs.ErrFailedPrecondition)
+	}
+	s, err := m.Sandboxes.Get(r.SandboxID)
+	if err != nil {
+		return err
+	}
+	if _, err := m.Sandboxes.Pod(s); err != nil {
+		return err
+	}
+	oci, err := m.Spec(r.ID)
+	if err != nil {
+		return err
+	}
+	p, err := m.Monitor.Start(ctx, monitor.StartRequest{
+		ID: r.ID, Spec: oci,
+		Stdin:   r.Config.GetStdin(),
+		LogRoot: r.LogRoot, LogPath: r.LogPath,
+	})
+	if err != nil {
+		return m.startFailed(ctx, c, err)
+	}
+	err = m.transition(c, Running, func(r *Record) {
+		r.Process, r.StartedAt = p, time.Now()
+	})
+	if err != nil {
+		return m.startFailed(ctx, c, err)
+	}
+	m.log(r).WithField("pid", p.PID).Info("container is started")
+	return nil
+}
+
+// startFailed makes a container that could not be started Exited, and gives back
+// what the try has taken. It returns the cause.
+func (m *Manager) startFailed(ctx context.Context, c *Container, cause error) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), releaseLimit)
+	defer cancel()
+	r := c.Get()
+	if err := m.Monitor.Delete(ctx, r.ID); err != nil && !errdefs.IsNotFound(err) {
+		m.log(r).WithError(err).Error("what a container that did not start holds")
+	}
+	err := m.transition(c, Exited, func(r *Record) {
+		r.FinishedAt = time.Now()
+		r.ExitCode = startErrorCode
+		r.Reason = ReasonStartError
+		r.Message = cause.Error()
+	})
+	if err != nil {
+		m.log(r).WithError(err).Error("record of a container that did not start")
+	}
+	if err := m.unmountRoot(r); err != nil {
+		m.log(r).WithError(err).Warn("root of a container that did not start")
+	}
+	return fmt.Errorf("start container %s: %w", r.ID, cause)
+}

@@ -1,0 +1,151 @@
+package container
+
+import (
+	"context"
+	"fmt"
+	"syscall"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"golang.org/x/sync/errgroup"
+)
+
+// Stop asks a container to end, and kills it when grace is over. It returns when
+// the container has ended; one that is not running, or gone, is success.
+//
+// Each caller has its own grace: a second Stop with a shorter one is not held up
+// by the first. No lock is held meanwhile, so that everything else goes on.
+func (m *Manager) Stop(ctx context.Context, id string, grace time.Duration) error {
+	c, err := m.Get(id)
+	if errdefs.IsNotFound(err) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	// A Start that is under way ends first.
+	unlock, err := m.ops.Lock(ctx, c.Get().ID)
+	if err != nil {
+		return err
+	}
+	r := c.Get()
+	unlock()
+	switch r.State {
+	case Running:
+	case Created:
+		return m.abandon(ctx, c)
+	default:
+		return nil
+	}
+	if grace > 0 {
+		if err := m.Monitor.Signal(ctx, r.ID, r.StopSignal, false); err != nil && !errdefs.IsNotFound(err) {
+			return fmt.Errorf("stop container %s with %s: %w", r.ID, r.StopSignal, err)
+		}
+		timer := time.NewTimer(grace)
+		defer timer.Stop()
+		select {
+		case <-c.Done():
+			return nil
+		case <-timer.C:
+			m.log(r).WithField("grace", grace).Info("container did not end within its grace: killing it")
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+	return m.kill(ctx, c)
+}
+
+// kill ends every process of a container and waits for its end to be published.
+func (m *Manager) kill(ctx context.Context, c *Container) error {
+	id := c.Get().ID
+	if err := m.Monitor.Signal(ctx, id, syscall.SIGKILL, true); err != nil && !errdefs.IsNotFound(err) {
+		return fmt.Errorf("kill container %s: %w", id, err)
+	}
+	limit := time.NewTimer(killLimit)
+	defer limit.Stop()
+	select {
+	case <-c.Done():
+		return nil
+	case <-limit.C:
+		return errStillThere(id)
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// killLimit is how long a killed container may take to be gone.
+const killLimit = time.Minute
+
+// abandon ends a container that was never started. Nothing has to be waited for.
+func (m *Manager) abandon(ctx context.Context, c *Container) error {
+	unlock, err := m.ops.Lock(ctx, c.Get().ID)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	if c.Get().State != Created {
+		return nil
+	}
+	return m.transition(c, Exited, func(r *Record) {
+		r.FinishedAt = time.Now()
+		r.ExitCode = startErrorCode
+		r.Reason = ReasonStartError
+		r.Message = "stopped before it was started"
+	})
+}
+
+// StopPod kills what runs in a sandbox and stops the sandbox. kubelet has given
+// the containers their grace before (CRI StopPodSandbox).
+func (m *Manager) StopPod(ctx context.Context, sandboxID string) error {
+	s, err := m.Sandboxes.Quiesce(ctx, sandboxID, "stopped")
+	if err != nil || s == nil {
+		return err
+	}
+	id := s.Get().ID
+	var g errgroup.Group
+	for _, c := range m.ofSandbox(id) {
+		g.Go(func() error { return m.stopNow(ctx, c) })
+	}
+	if err := g.Wait(); err != nil {
+		return err
+	}
+	return m.Sandboxes.Stop(ctx, id)
+}
+
+// stopNow kills a container of a pod that is stopped, once the operation that
+// runs on it is over. One that was not started cannot be any more.
+func (m *Manager) stopNow(ctx context.Context, c *Container) error {
+	unlock, err := m.ops.Lock(ctx, c.Get().ID)
+	if err != nil {
+		return err
+	}
+	running := c.Get().State == Running
+	unlock()
+	if !running {
+		return nil
+	}
+	return m.kill(ctx, c)
+}
+
+// RemovePod removes a sandbox with all its containers, running or not.
+func (m *Manager) RemovePod(ctx context.Context, sandboxID string) error {
+	if err := m.StopPod(ctx, sandboxID); err != nil {
+		return err
+	}
+	s, err := m.Sandboxes.Get(sandboxID)
+	if errdefs.IsNotFound(err) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	id := s.Get().ID
+	var g errgroup.Group
+	for _, c := range m.ofSandbox(id) {
+		g.Go(func() error { return m.Remove(ctx, c.Get().ID) })
+	}
+	if err := g.Wait(); err != nil {
+		return err
+	}
+	return m.Sandboxes.Remove(ctx, id)
+}

@@ -1,0 +1,129 @@
+package cri
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/containerd/errdefs"
+	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/podshim/podshim/internal/image"
+)
+
+// ListImages lists images, or the one that the filter names.
+func (s *imageService) ListImages(_ context.Context, req *runtime.ListImagesRequest) (*runtime.ListImagesResponse, error) {
+	resp := new(runtime.ListImagesResponse)
+	if ref := req.GetFilter().GetImage().GetImage(); ref != "" {
+		img, err := s.Images.Get(ref)
+		if errdefs.IsNotFound(err) {
+			return resp, nil
+		}
+		if err != nil {
+			return nil, err
+		}
+		resp.Images = []*runtime.Image{criImage(img)}
+		return resp, nil
+	}
+	for _, img := range s.Images.List() {
+		resp.Images = append(resp.Images, criImage(img))
+	}
+	return resp, nil
+}
+
+// ImageStatus tells of one image; none at all is an empty answer, as the CRI has it.
+func (s *imageService) ImageStatus(_ context.Context, req *runtime.ImageStatusRequest) (*runtime.ImageStatusResponse, error) {
+	if err := required("image.image", req.GetImage().GetImage()); err != nil {
+		return nil, err
+	}
+	img, err := s.Images.Get(req.GetImage().GetImage())
+	if errdefs.IsNotFound(err) {
+		return &runtime.ImageStatusResponse{}, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	resp := &runtime.ImageStatusResponse{Image: criImage(img)}
+	if req.GetVerbose() {
+		resp.Info, err = info("info", struct {
+			ChainID   string `json:"chainID"`
+			ImageSpec any    `json:"imageSpec"`
+		}{img.ChainID.String(), struct {
+			Config any `json:"config"`
+		}{img.Config}})
+		if err != nil {
+			return nil, err
+		}
+	}
+	return resp, nil
+}
+
+// PullImage fetches an image and returns its ID, by which everything else names it.
+func (s *imageService) PullImage(ctx context.Context, req *runtime.PullImageRequest) (*runtime.PullImageResponse, error) {
+	if err := required("image.image", req.GetImage().GetImage()); err != nil {
+		return nil, err
+	}
+	var auth *image.Auth
+	if a := req.GetAuth(); a != nil {
+		auth = &image.Auth{
+			Username: a.GetUsername(), Password: a.GetPassword(), Auth: a.GetAuth(),
+			ServerAddress: a.GetServerAddress(),
+			IdentityToken: a.GetIdentityToken(), RegistryToken: a.GetRegistryToken(),
+		}
+	}
+	start := time.Now()
+	id, err := s.Images.Pull(ctx, req.GetImage().GetImage(), auth)
+	if err != nil {
+		return nil, fmt.Errorf("pull %s: %w", req.GetImage().GetImage(), err)
+	}
+	s.Log.WithField("image", req.GetImage().GetImage()).WithField("id", id).
+		WithField("took", time.Since(start).Round(time.Millisecond)).Info("image is pulled")
+	return &runtime.PullImageResponse{ImageRef: id}, nil
+}
+
+// RemoveImage removes an image under all its names; the gone is success.
+func (s *imageService) RemoveImage(ctx context.Context, req *runtime.RemoveImageRequest) (*runtime.RemoveImageResponse, error) {
+	if err := required("image.image", req.GetImage().GetImage()); err != nil {
+		return nil, err
+	}
+	if err := s.Images.Remove(ctx, req.GetImage().GetImage()); err != nil {
+		return nil, err
+	}
+	return &runtime.RemoveImageResponse{}, nil
+}
+
+// ImageFsInfo tells how much the images take, and the containers' layers.
+func (s *imageService) ImageFsInfo(ctx context.Context, _ *runtime.ImageFsInfoRequest) (*runtime.ImageFsInfoResponse, error) {
+	fs, err := s.Images.FsInfo(ctx)
+	if err != nil {
+		return nil, err
+	}
+	usage := &runtime.FilesystemUsage{
+		Timestamp:  time.Now().UnixNano(),
+		FsId:       &runtime.FilesystemIdentifier{Mountpoint: fs.Mountpoint},
+		UsedBytes:  &runtime.UInt64Value{Value: uint64(fs.Bytes)},
+		InodesUsed: &runtime.UInt64Value{Value: uint64(fs.Inodes)},
+	}
+	// Images and writable layers are on one filesystem.
+	return &runtime.ImageFsInfoResponse{
+		ImageFilesystems:     []*runtime.FilesystemUsage{usage},
+		ContainerFilesystems: []*runtime.FilesystemUsage{usage},
+	}, nil
+}
+
+func criImage(img image.Image) *runtime.Image {
+	out := &runtime.Image{
+		Id:          img.ID,
+		RepoTags:    img.RepoTags,
+		RepoDigests: img.RepoDigests,
+		Size:        uint64(img.Size),
+		Spec:        &runtime.ImageSpec{Image: img.ID},
+		Pinned:      img.Pinned,
+	}
+	uid, username := image.UserOf(img.Config.User)
+	if uid != nil {
+		out.Uid = &runtime.Int64Value{Value: *uid}
+	}
+	out.Username = username
+	return out
+}

@@ -1,0 +1,89 @@
+package cri
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"maps"
+	"slices"
+
+	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+)
+
+const (
+	runtimeName = "podshim"
+	// apiVersion is the version of the CRI that is served.
+	apiVersion = "v1"
+	// kubeVersion is the version of the version message itself (CRI
+	// VersionResponse.version), which has always been this.
+	kubeVersion = "0.1.0"
+)
+
+// Version tells which runtime this is.
+func (s *runtimeService) Version(context.Context, *runtime.VersionRequest) (*runtime.VersionResponse, error) {
+	return &runtime.VersionResponse{
+		Version:           kubeVersion,
+		RuntimeName:       runtimeName,
+		RuntimeVersion:    s.Config.Version,
+		RuntimeApiVersion: apiVersion,
+	}, nil
+}
+
+// Status tells whether pods can be run, and why not.
+func (s *runtimeService) Status(_ context.Context, req *runtime.StatusRequest) (*runtime.StatusResponse, error) {
+	network := &runtime.RuntimeCondition{Type: runtime.NetworkReady, Status: true}
+	if err := s.Network.Status(); err != nil {
+		network.Status = false
+		network.Reason = "NetworkPluginNotReady"
+		network.Message = err.Error()
+	}
+	resp := &runtime.StatusResponse{
+		Status: &runtime.RuntimeStatus{Conditions: []*runtime.RuntimeCondition{
+			{Type: runtime.RuntimeReady, Status: true},
+			network,
+		}},
+		Features: &runtime.RuntimeFeatures{
+			SupplementalGroupsPolicy: true,
+			MountOptions:             true,
+		},
+	}
+	for _, name := range slices.Sorted(maps.Keys(s.Handlers)) {
+		resp.RuntimeHandlers = append(resp.RuntimeHandlers, &runtime.RuntimeHandler{
+			Name: name,
+			Features: &runtime.RuntimeHandlerFeatures{
+				RecursiveReadOnlyMounts: s.Host.RRO,
+				UserNamespaces:          s.Host.IDMapMounts,
+			},
+		})
+	}
+	if req.GetVerbose() {
+		var err error
+		if resp.Info, err = info("config", s.Effective, "cni", s.Network.Info(), "host", s.Host); err != nil {
+			return nil, err
+		}
+	}
+	return resp, nil
+}
+
+// RuntimeConfig tells kubelet which cgroup driver to use.
+func (s *runtimeService) RuntimeConfig(context.Context, *runtime.RuntimeConfigRequest) (*runtime.RuntimeConfigResponse, error) {
+	driver := runtime.CgroupDriver_CGROUPFS
+	if s.Host.SystemdCgroup {
+		driver = runtime.CgroupDriver_SYSTEMD
+	}
+	return &runtime.RuntimeConfigResponse{Linux: &runtime.LinuxRuntimeConfiguration{CgroupDriver: driver}}, nil
+}
+
+// info makes the verbose part of an answer: keys and values by turns, the values
+// as JSON.
+func info(pairs ...any) (map[string]string, error) {
+	out := make(map[string]string, len(pairs)/2)
+	for i := 0; i+1 < len(pairs); i += 2 {
+		raw, err := json.Marshal(pairs[i+1])
+		if err != nil {
+			return nil, fmt.Errorf("encode verbose info %s: %w", pairs[i], err)
+		}
+		out[pairs[i].(string)] = string(raw)
+	}
+	return out, nil
+}

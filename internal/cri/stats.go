@@ -1,0 +1,136 @@
+package cri
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/containerd/errdefs"
+	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/podshim/podshim/internal/container"
+	"github.com/podshim/podshim/internal/sandbox"
+	"github.com/podshim/podshim/internal/stats"
+)
+
+// ContainerStats measures one running container.
+func (s *runtimeService) ContainerStats(ctx context.Context, req *runtime.ContainerStatsRequest) (*runtime.ContainerStatsResponse, error) {
+	if err := required("container_id", req.GetContainerId()); err != nil {
+		return nil, err
+	}
+	c, err := s.Containers.Get(req.GetContainerId())
+	if err != nil {
+		return nil, err
+	}
+	r := c.Get()
+	if r.State != container.Running {
+		return nil, fmt.Errorf("container %s is %s: only a running one can be measured: %w", r.ID, r.State, errdefs.ErrFailedPrecondition)
+	}
+	measured, err := s.measureContainer(ctx, r)
+	if err != nil {
+		return nil, err
+	}
+	return &runtime.ContainerStatsResponse{Stats: measured}, nil
+}
+
+// ListContainerStats measures the running containers that pass a filter.
+func (s *runtimeService) ListContainerStats(ctx context.Context, req *runtime.ListContainerStatsRequest) (*runtime.ListContainerStatsResponse, error) {
+	f := req.GetFilter()
+	records := s.containers(&runtime.ContainerFilter{
+		Id: f.GetId(), PodSandboxId: f.GetPodSandboxId(), LabelSelector: f.GetLabelSelector(),
+	})
+	measured, err := s.measureContainers(ctx, records)
+	if err != nil {
+		return nil, err
+	}
+	return &runtime.ListContainerStatsResponse{Stats: measured}, nil
+}
+
+// PodSandboxStats measures one ready pod with its containers.
+func (s *runtimeService) PodSandboxStats(ctx context.Context, req *runtime.PodSandboxStatsRequest) (*runtime.PodSandboxStatsResponse, error) {
+	if err := required("pod_sandbox_id", req.GetPodSandboxId()); err != nil {
+		return nil, err
+	}
+	sb, err := s.Sandboxes.Get(req.GetPodSandboxId())
+	if err != nil {
+		return nil, err
+	}
+	r := sb.Get()
+	if r.State != sandbox.Ready {
+		return nil, fmt.Errorf("pod sandbox %s is not ready (%s): only a ready one can be measured: %w", r.ID, r.Reason, errdefs.ErrFailedPrecondition)
+	}
+	measured, err := s.measurePod(ctx, r)
+	if err != nil {
+		return nil, err
+	}
+	return &runtime.PodSandboxStatsResponse{Stats: measured}, nil
+}
+
+// ListPodSandboxStats measures the ready pods that pass a filter.
+func (s *runtimeService) ListPodSandboxStats(ctx context.Context, req *runtime.ListPodSandboxStatsRequest) (*runtime.ListPodSandboxStatsResponse, error) {
+	f := req.GetFilter()
+	resp := new(runtime.ListPodSandboxStatsResponse)
+	for _, r := range s.sandboxes(&runtime.PodSandboxFilter{Id: f.GetId(), LabelSelector: f.GetLabelSelector()}) {
+		if r.State != sandbox.Ready {
+			continue
+		}
+		measured, err := s.measurePod(ctx, r)
+		if errdefs.IsNotFound(err) {
+			continue // ended since it was listed
+		}
+		if err != nil {
+			return nil, err
+		}
+		resp.Stats = append(resp.Stats, measured)
+	}
+	return resp, nil
+}
+
+func (s *runtimeService) measurePod(ctx context.Context, r *sandbox.Record) (*runtime.PodSandboxStats, error) {
+	linux, err := s.Stats.Pod(ctx, stats.PodInput{
+		ID: r.ID, CgroupPath: r.CgroupParent, Netns: r.Netns, Interface: r.Interface,
+	})
+	if err != nil {
+		return nil, err
+	}
+	if linux.Containers, err = s.measureContainers(ctx, s.Containers.InSandbox(r.ID)); err != nil {
+		return nil, err
+	}
+	return &runtime.PodSandboxStats{
+		Attributes: &runtime.PodSandboxAttributes{
+			Id: r.ID, Metadata: r.Config.GetMetadata(),
+			Labels: r.Config.GetLabels(), Annotations: r.Config.GetAnnotations(),
+		},
+		Linux: linux,
+	}, nil
+}
+
+// measureContainers measures those that run; one that ends meanwhile is left out.
+func (s *runtimeService) measureContainers(ctx context.Context, records []*container.Record) ([]*runtime.ContainerStats, error) {
+	var out []*runtime.ContainerStats
+	for _, r := range records {
+		if r.State != container.Running {
+			continue
+		}
+		measured, err := s.measureContainer(ctx, r)
+		if errdefs.IsNotFound(err) {
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, measured)
+	}
+	return out, nil
+}
+
+func (s *runtimeService) measureContainer(ctx context.Context, r *container.Record) (*runtime.ContainerStats, error) {
+	measured, err := s.Stats.Container(ctx, stats.ContainerInput{ID: r.ID, CgroupPath: r.CgroupsPath})
+	if err != nil {
+		return nil, err
+	}
+	measured.Attributes = &runtime.ContainerAttributes{
+		Id: r.ID, Metadata: r.Config.GetMetadata(),
+		Labels: r.Config.GetLabels(), Annotations: r.Config.GetAnnotations(),
+	}
+	return measured, nil
+}

@@ -1,0 +1,44 @@
+package sandbox
+
+import (
+	"errors"
+	"fmt"
+	"path"
+
+	"github.com/opencontainers/cgroups"
+	"github.com/opencontainers/cgroups/manager"
+	"golang.org/x/sys/unix"
+)
+
+// errCgroupBusy says that a pod's cgroup still has processes or children.
+var errCgroupBusy = errors.New("pod cgroup is in use")
+
+// ownCgroup names the cgroup of a pod whose client named none: a folder below
+// the configured parent, or with systemd a slice of that slice.
+func (m *Manager) ownCgroup(id string) string {
+	if !m.Host.SystemdCgroup {
+		return path.Join("/", m.CgroupParent, "pod-"+id)
+	}
+	// systemd reads "a-b.slice" as b within a.
+	base := path.Base(m.CgroupParent)
+	return base[:len(base)-len(path.Ext(base))] + "-" + id + ".slice"
+}
+
+// removeCgroup removes a pod's own cgroup; the gone is success.
+func (m *Manager) removeCgroup(parent string) error {
+	cg := &cgroups.Cgroup{Path: parent, Resources: &cgroups.Resources{}}
+	if m.Host.SystemdCgroup {
+		cg = &cgroups.Cgroup{Name: path.Base(parent), Parent: "-.slice", Systemd: true, Resources: &cgroups.Resources{}}
+	}
+	cm, err := manager.New(cg)
+	if err != nil {
+		return fmt.Errorf("cgroup %s: %w", parent, err)
+	}
+	if err := cm.Destroy(); err != nil {
+		if errors.Is(err, unix.EBUSY) {
+			return fmt.Errorf("cgroup %s: %w: %w", parent, errCgroupBusy, err)
+		}
+		return fmt.Errorf("cgroup %s: %w", parent, err)
+	}
+	return nil
+}

@@ -1,0 +1,107 @@
+package sandbox
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/podshim/podshim/internal/spec"
+)
+
+// shmSize is /dev/shm's size in a pod, bytes: what Docker made the custom.
+const shmSize = 64 << 20
+
+// makeFiles makes the sandbox's folder with the files its containers share.
+func (m *Manager) makeFiles(r *Record) error {
+	dir := m.dir(r.ID)
+	// Traversable: in a user namespace the pod's root is nobody here, and must
+	// still reach what is bind mounted from below.
+	if err := os.MkdirAll(dir, 0o711); err != nil {
+		return fmt.Errorf("make sandbox directory: %w", err)
+	}
+	resolv, err := resolvConf(r.Config.GetDnsConfig())
+	if err != nil {
+		return err
+	}
+	hostname := r.Config.GetHostname()
+	if hostname == "" || r.HostNetwork() {
+		if hostname, err = os.Hostname(); err != nil {
+			return fmt.Errorf("read the node's hostname: %w", err)
+		}
+	}
+	if err := os.WriteFile(filepath.Join(dir, "resolv.conf"), resolv, 0o644); err != nil {
+		return fmt.Errorf("write resolv.conf: %w", err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "hostname"), []byte(hostname+"\n"), 0o644); err != nil {
+		return fmt.Errorf("write hostname: %w", err)
+	}
+	if namespaces(r.Config).GetIpc() == runtime.NamespaceMode_NODE {
+		return nil
+	}
+	return mountShm(filepath.Join(dir, "shm"), r)
+}
+
+func mountShm(path string, r *Record) error {
+	if err := os.Mkdir(path, 0o711); err != nil {
+		return fmt.Errorf("make shm directory: %w", err)
+	}
+	options := fmt.Sprintf("mode=1777,size=%d", shmSize)
+	if uids, gids := spec.IDMappings(r.Config); len(uids) > 0 {
+		options += fmt.Sprintf(",uid=%d,gid=%d", rootOf(uids), rootOf(gids))
+	}
+	if r.MountLabel != "" {
+		options += fmt.Sprintf(",context=%q", r.MountLabel)
+	}
+	if err := unix.Mount("shm", path, "tmpfs", unix.MS_NOEXEC|unix.MS_NOSUID|unix.MS_NODEV, options); err != nil {
+		return fmt.Errorf("mount the pod's /dev/shm at %s: %w", path, err)
+	}
+	return nil
+}
+
+// rootOf is the host's ID of ID 0.
+func rootOf(ids []specs.LinuxIDMapping) uint32 {
+	for _, id := range ids {
+		if id.ContainerID == 0 {
+			return id.HostID
+		}
+	}
+	return 0
+}
+
+// resolvConf is the pod's resolv.conf: the node's when CRI DNSConfig says nothing.
+func resolvConf(dns *runtime.DNSConfig) ([]byte, error) {
+	if raw := spec.ResolvConf(dns); raw != nil {
+		return raw, nil
+	}
+	raw, err := os.ReadFile("/etc/resolv.conf")
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("read the node's resolv.conf: %w", err)
+	}
+	return raw, nil
+}
+
+// removeFiles unmounts and removes the sandbox's folder. The gone is success.
+func (m *Manager) removeFiles(r *Record) error {
+	dir := m.dir(r.ID)
+	if err := unmount(filepath.Join(dir, "shm")); err != nil {
+		return err
+	}
+	// Never into a mount: if one is left, its busy mount point stops this.
+	if err := os.RemoveAll(dir); err != nil {
+		return fmt.Errorf("remove sandbox directory: %w", err)
+	}
+	return nil
+}
+
+func unmount(path string) error {
+	err := unix.Unmount(path, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW)
+	if err == nil || errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOENT) {
+		return nil // EINVAL: not a mount point
+	}
+	return fmt.Errorf("unmount %s: %w", path, err)
+}

@@ -1,0 +1,68 @@
+package sandbox
+
+import (
+	"fmt"
+	"path/filepath"
+
+	"github.com/opencontainers/selinux/go-selinux"
+	"github.com/opencontainers/selinux/go-selinux/label"
+
+	"github.com/podshim/podshim/internal/cni"
+	"github.com/podshim/podshim/internal/spec"
+)
+
+// makeNamespaces pins the namespaces that must be there before the infra
+// container: the network's, which CNI sets up meanwhile, and the user namespace
+// that owns it. The others are infra's own.
+func (m *Manager) makeNamespaces(r *Record) error {
+	uids, gids := spec.IDMappings(r.Config)
+	switch {
+	case r.User != "":
+		return cni.NewUserNetns(r.User, r.Netns, uids, gids)
+	case r.Netns != "":
+		return cni.NewNetns(r.Netns)
+	default:
+		return nil
+	}
+}
+
+// removePins unpins what makeNamespaces has pinned; the gone is success.
+func removePins(r *Record) error {
+	for _, path := range []string{r.Netns, r.User} {
+		if path == "" {
+			continue
+		}
+		if err := cni.Remove(path); err != nil {
+			return fmt.Errorf("remove namespace: %w", err)
+		}
+	}
+	return nil
+}
+
+// labels are the SELinux labels of the pod's processes and mounts; empty where
+// SELinux is off (CRI SELinuxOption).
+func labels(r *Record) (process, mount string, err error) {
+	if !selinux.GetEnabled() {
+		return "", "", nil
+	}
+	var options []string
+	o := r.Config.GetLinux().GetSecurityContext().GetSelinuxOptions()
+	for key, value := range map[string]string{
+		"user": o.GetUser(), "role": o.GetRole(), "type": o.GetType(), "level": o.GetLevel(),
+	} {
+		if value != "" {
+			options = append(options, key+":"+value)
+		}
+	}
+	process, mount, err = label.InitLabels(options)
+	if err != nil {
+		return "", "", fmt.Errorf("linux.security_context.selinux_options: %w", err)
+	}
+	return process, mount, nil
+}
+
+// userPin is where a pod's user namespace is pinned: in the folder of all
+// sandboxes, not in the sandbox's own, whose mounts come and go with it.
+func (m *Manager) userPin(id string) string {
+	return filepath.Join(m.RunDir, "userns-"+id[:16])
+}

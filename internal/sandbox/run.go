@@ -1,0 +1,306 @@
+package sandbox
+
+import (
+	"context"
+	"crypto/sha256"
+	"fmt"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/sirupsen/logrus"
+	"golang.org/x/sync/errgroup"
+	"google.golang.org/protobuf/proto"
+	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/podshim/podshim/internal/cni"
+	"github.com/podshim/podshim/internal/flight"
+	"github.com/podshim/podshim/internal/monitor"
+	"github.com/podshim/podshim/internal/spec"
+	"github.com/podshim/podshim/internal/state"
+)
+
+// Run makes a pod sandbox and returns its ID once it is Ready.
+//
+// It is idempotent: a caller that asks again, with the same config, while the
+// sandbox is being made or when it is ready gets the same ID. The same metadata
+// with another config is ErrAlreadyExists.
+func (m *Manager) Run(ctx context.Context, cfg *runtime.PodSandboxConfig, handler string) (string, error) {
+	if err := spec.ValidatePod(cfg); err != nil {
+		return "", err
+	}
+	if _, ok := m.Handlers[handler]; !ok {
+		return "", fmt.Errorf("runtime_handler: no handler %q is configured (see [runtime.handlers] in podshim's configuration): %w", handler, errdefs.ErrInvalidArgument)
+	}
+	raw, err := proto.MarshalOptions{Deterministic: true}.Marshal(cfg)
+	if err != nil {
+		return "", fmt.Errorf("encode config: %w", err)
+	}
+	// The request is part of the key: another config under the same name is no
+	// retry, and has to see that the name is taken.
+	key := fmt.Sprintf("run/%s/%s/%x", name(cfg), handler, sha256.Sum256(raw))
+	return flight.Do(ctx, &m.flights, key, func(ctx context.Context) (string, error) {
+		return m.run(ctx, cfg, handler)
+	})
+}
+
+func (m *Manager) run(ctx context.Context, cfg *runtime.PodSandboxConfig, handler string) (string, error) {
+	r := m.newRecord(cfg, handler)
+	if _, err := cniPod(r); err != nil {
+		return "", err
+	}
+	if existing, err := m.reserve(r); err != nil || existing != "" {
+		return existing, err
+	}
+	unlock, err := m.ops.Lock(ctx, r.ID)
+	if err != nil {
+		m.forget(r)
+		return "", err
+	}
+	defer unlock()
+
+	s := newSandbox(r)
+	m.mu.Lock()
+	m.byID[r.ID] = s
+	m.mu.Unlock()
+	log := m.Log.WithFields(logrus.Fields{"pod": r.Name, "sandbox": r.ID})
+	process, mountLabel, err := labels(r)
+	if err == nil {
+		err = m.update(s, func(r *Record) { r.ProcessLabel, r.MountLabel = process, mountLabel })
+	}
+	if err != nil {
+		m.forget(r)
+		return "", err
+	}
+	if err := m.build(ctx, s); err != nil {
+		return "", m.giveUp(ctx, s, err)
+	}
+	log.WithField("ips", s.Get().IPs).Info("pod sandbox is ready")
+	return r.ID, nil
+}
+
+// build takes all that a sandbox holds. Its last step makes the sandbox Ready;
+// whatever fails before is given back by release.
+func (m *Manager) build(ctx context.Context, s *Sandbox) error {
+	r := s.Get()
+	if err := m.makeFiles(r); err != nil {
+		return err
+	}
+	if err := m.makeNamespaces(r); err != nil {
+		return err
+	}
+	// The network needs the namespace alone, so that it is set up while the
+	// infra container starts: the two longest steps, side by side.
+	var (
+		network cni.Result
+		infra   monitor.Process
+	)
+	g, gctx := errgroup.WithContext(ctx)
+	if !r.HostNetwork() {
+		g.Go(func() error {
+			pod, err := cniPod(r)
+			if err != nil {
+				return err
+			}
+			network, err = m.Network.Add(gctx, pod)
+			return err
+		})
+	}
+	g.Go(func() (err error) {
+		infra, err = m.startInfra(gctx, r)
+		return err
+	})
+	if err := g.Wait(); err != nil {
+		return err
+	}
+	return m.transition(s, Ready, func(r *Record) {
+		r.Infra = infra
+		r.IPs, r.Interface, r.NetworkResult = network.IPs, network.Interface, network.Raw
+	})
+}
+
+// giveUp releases what a failed Run has taken and returns its error. If even
+// that fails the sandbox stays visible as NotReady, its name is free, and the
+// janitor goes on with it.
+func (m *Manager) giveUp(ctx context.Context, s *Sandbox, cause error) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), releaseLimit)
+	defer cancel()
+	r := s.Get()
+	err := m.release(ctx, r)
+	if err == nil {
+		err = m.Records.Delete(state.Sandboxes, r.ID)
+	}
+	if err == nil {
+		m.forget(r)
+		return cause
+	}
+	m.unreserve(r)
+	m.Log.WithError(err).WithField("sandbox", r.ID).Error("what a failed pod sandbox holds is not all released: will be tried again")
+	if uerr := m.transition(s, NotReady, func(r *Record) { r.Failed, r.Reason = true, cause.Error() }); uerr != nil {
+		m.Log.WithError(uerr).WithField("sandbox", r.ID).Error("record of a failed pod sandbox")
+	}
+	m.wakeJanitor()
+	return cause
+}
+
+func (m *Manager) newRecord(cfg *runtime.PodSandboxConfig, handler string) *Record {
+	r := &Record{
+		ID:           newID(),
+		Name:         name(cfg),
+		Handler:      handler,
+		Config:       cfg,
+		CreatedAt:    time.Now(),
+		State:        Creating,
+		CgroupParent: cfg.GetLinux().GetCgroupParent(),
+	}
+	if r.CgroupParent == "" {
+		r.CgroupParent, r.OwnCgroup = m.ownCgroup(r.ID), true
+	}
+	// Where namespaces are pinned follows from the ID, and only the first 16 of
+	// its digits are used so that `ip netns` stays readable.
+	if !r.HostNetwork() {
+		r.Netns = filepath.Join(m.NetnsDir, "podshim-"+r.ID[:16])
+	}
+	if uids, _ := spec.IDMappings(cfg); len(uids) > 0 {
+		r.User = m.userPin(r.ID)
+	}
+	return r
+}
+
+// reserve takes the record's name. The ID of the sandbox that has it is
+// returned if that is what the caller asks for.
+func (m *Manager) reserve(r *Record) (existing string, err error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	holder, taken := m.names[r.Name]
+	if !taken {
+		m.names[r.Name] = r.ID
+		return "", nil
+	}
+	if s := m.byID[holder]; s != nil {
+		old := s.Get()
+		if old.State == Ready && old.Handler == r.Handler && proto.Equal(old.Config, r.Config) {
+			return holder, nil
+		}
+	}
+	md := r.Config.GetMetadata()
+	return "", fmt.Errorf("pod sandbox %s/%s (uid %s) attempt %d exists as %s: stop and remove that, or count metadata.attempt up: %w",
+		md.GetNamespace(), md.GetName(), md.GetUid(), md.GetAttempt(), holder, errdefs.ErrAlreadyExists)
+}
+
+// unreserve frees the record's name, if it is still this sandbox's.
+func (m *Manager) unreserve(r *Record) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.names[r.Name] == r.ID {
+		delete(m.names, r.Name)
+	}
+}
+
+// forget removes the sandbox from the indexes.
+func (m *Manager) forget(r *Record) {
+	m.unreserve(r)
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	delete(m.byID, r.ID)
+}
+
+func (m *Manager) startInfra(ctx context.Context, r *Record) (monitor.Process, error) {
+	uids, gids := spec.IDMappings(r.Config)
+	image, err := m.Infra.Acquire(ctx, r.ID, uids, gids)
+	if err != nil {
+		return monitor.Process{}, fmt.Errorf("infra container's root: %w", err)
+	}
+	oci, err := spec.ForInfra(spec.Infra{
+		Pod:     m.specPod(r),
+		Rootfs:  image.Rootfs,
+		Image:   image.Config,
+		User:    image.User,
+		Host:    m.Host,
+		Handler: m.Handlers[r.Handler],
+	})
+	if err != nil {
+		return monitor.Process{}, fmt.Errorf("describe infra container: %w", err)
+	}
+	p, err := m.Monitor.Start(ctx, monitor.StartRequest{ID: r.ID, Spec: oci, Discard: true})
+	if err != nil {
+		return monitor.Process{}, fmt.Errorf("start infra container: %w", err)
+	}
+	return p, nil
+}
+
+// cniPod is what the network is told of a sandbox.
+func cniPod(r *Record) (cni.Pod, error) {
+	md := r.Config.GetMetadata()
+	p := cni.Pod{
+		ID: r.ID, Name: md.GetName(), Namespace: md.GetNamespace(), UID: md.GetUid(),
+		Netns:        r.Netns,
+		CgroupParent: r.CgroupParent,
+	}
+	for _, pm := range r.Config.GetPortMappings() {
+		if pm.GetHostPort() <= 0 {
+			continue // declared only, not published
+		}
+		p.PortMappings = append(p.PortMappings, cni.PortMapping{
+			HostPort:      pm.GetHostPort(),
+			ContainerPort: pm.GetContainerPort(),
+			Protocol:      strings.ToLower(pm.GetProtocol().String()),
+			HostIP:        pm.GetHostIp(),
+		})
+	}
+	if dns := r.Config.GetDnsConfig(); dns != nil {
+		p.DNS = &cni.DNS{Servers: dns.GetServers(), Searches: dns.GetSearches(), Options: dns.GetOptions()}
+	}
+	if err := p.ReadAnnotations(r.Config.GetAnnotations()); err != nil {
+		return cni.Pod{}, err
+	}
+	return p, nil
+}
+
+// Pod describes a sandbox to the containers that are to join it. A sandbox that
+// is not ready is ErrFailedPrecondition.
+func (m *Manager) Pod(s *Sandbox) (spec.Pod, error) {
+	r := s.Get()
+	if r.State != Ready {
+		return spec.Pod{}, fmt.Errorf("pod sandbox %s is not ready (%s): %w", r.ID, r.Reason, errdefs.ErrFailedPrecondition)
+	}
+	if !r.Infra.Alive() {
+		// Its end is about to be noted. A PID that is used again must not lend
+		// a stranger's namespaces to the pod.
+		return spec.Pod{}, fmt.Errorf("pod sandbox %s has no infra process any more: %w", r.ID, errdefs.ErrFailedPrecondition)
+	}
+	pod := m.specPod(r)
+	own := spec.Own(r.Config)
+	of := func(kind string) string { return fmt.Sprintf("/proc/%d/ns/%s", r.Infra.PID, kind) }
+	if own.IPC {
+		pod.IPC = of("ipc")
+	}
+	if own.PID {
+		pod.PID = of("pid")
+	}
+	if own.UTS {
+		pod.UTS = of("uts")
+	}
+	return pod, nil
+}
+
+// specPod is the part of a pod's description that is there before infra is.
+func (m *Manager) specPod(r *Record) spec.Pod {
+	uids, gids := spec.IDMappings(r.Config)
+	dir := m.dir(r.ID)
+	pod := spec.Pod{
+		ID: r.ID, Config: r.Config,
+		Netns: r.Netns, User: r.User,
+		UIDMappings: uids, GIDMappings: gids,
+		Shm:          filepath.Join(dir, "shm"),
+		ResolvConf:   filepath.Join(dir, "resolv.conf"),
+		Hostname:     filepath.Join(dir, "hostname"),
+		CgroupParent: r.CgroupParent,
+		ProcessLabel: r.ProcessLabel, MountLabel: r.MountLabel,
+	}
+	if namespaces(r.Config).GetIpc() == runtime.NamespaceMode_NODE {
+		pod.Shm = "/dev/shm"
+	}
+	return pod
+}
