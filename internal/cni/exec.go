@@ -142,7 +142,7 @@ func runOnce(ctx context.Context, path string, stdin []byte, environ []string, s
 	defer cancel()
 	stdout.full = cancel // a plugin that floods stdout is killed
 	cmd := exec.CommandContext(ctx, path)
-	cmd.Env = environ
+	cmd.Env = pluginEnv(environ)
 	cmd.Dir = "/"
 	cmd.Stdin = bytes.NewReader(stdin)
 	cmd.Stdout, cmd.Stderr = stdout, stderr
@@ -162,6 +162,20 @@ func runOnce(ctx context.Context, path string, stdin []byte, environ []string, s
 		return nil // it had said all it had to say
 	}
 	return err
+}
+
+// pluginEnv is the daemon's environment, as the CNI spec has it, without what
+// systemd meant for the daemon alone, and with a PATH: plugins run iptables, tc
+// and each other.
+func pluginEnv(environ []string) []string {
+	env := slices.DeleteFunc(slices.Clone(environ), func(kv string) bool {
+		key, _, _ := strings.Cut(kv, "=")
+		return slices.Contains([]string{"NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "WATCHDOG_PID", "WATCHDOG_USEC"}, key)
+	})
+	if !slices.ContainsFunc(env, func(kv string) bool { return strings.HasPrefix(kv, "PATH=") && len(kv) > len("PATH=") }) {
+		env = append(env, "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+	}
+	return env
 }
 
 // explain fills in why a plugin that ran and failed did so: its JSON error if

@@ -6,7 +6,6 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
-	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -280,25 +279,21 @@ func shareDir(dir string) error {
 	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX); err != nil {
 		return fmt.Errorf("lock %s: %w", dir, err)
 	}
-	err = unix.Mount("", dir, "", unix.MS_SHARED, "")
-	if !errors.Is(err, unix.EINVAL) { // EINVAL: not a mount point yet
-		return wrapIf(err, "share %s", dir)
+	if err = setPropagation(dir, unix.MS_SHARED); !errors.Is(err, unix.EINVAL) {
+		return err // nil as a rule; EINVAL: not a mount point yet
 	}
 	if err := unix.Mount(dir, dir, "", unix.MS_BIND|unix.MS_REC, ""); err != nil {
 		return fmt.Errorf("make %s a mount point: %w", dir, err)
 	}
-	// Private first: the new mount would else stay in the parent's peer group.
-	if err := unix.Mount("", dir, "", unix.MS_PRIVATE, ""); err != nil {
-		return fmt.Errorf("take %s out of its peer group: %w", dir, err)
-	}
-	return wrapIf(unix.Mount("", dir, "", unix.MS_SHARED, ""), "share %s", dir)
+	// Private first: the new mount would else stay in its parent's peer group.
+	return errors.Join(setPropagation(dir, unix.MS_PRIVATE), setPropagation(dir, unix.MS_SHARED))
 }
 
-func wrapIf(err error, format string, args ...any) error {
-	if err == nil {
-		return nil
+func setPropagation(dir string, how uintptr) error {
+	if err := unix.Mount("", dir, "", how, ""); err != nil {
+		return fmt.Errorf("set mount propagation of %s: %w", dir, err)
 	}
-	return fmt.Errorf(format+": %w", append(slices.Clone(args), err)...)
+	return nil
 }
 
 // withStoppedChild clones a child with new namespaces, hands its PID to f, and
