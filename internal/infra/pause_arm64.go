@@ -1,0 +1,6 @@
+package infra
+
+import _ "embed"
+
+//go:embed pause/pause-arm64
+var pause []byte
