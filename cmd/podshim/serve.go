@@ -34,6 +34,8 @@ const (
 	operationLimit = 10 * time.Minute
 	// shutdownLimit is how long calls may take to end when podshim is stopped.
 	shutdownLimit = 10 * time.Second
+	// collectLimit bounds the collection of lost addresses at the start.
+	collectLimit = time.Minute
 )
 
 // serve builds the daemon's parts, serves until ctx ends, and takes the parts
@@ -253,6 +255,7 @@ func (d *parts) openPods(ctx context.Context) error {
 	}
 	d.onClose(within(d.containers.Close))
 	d.watchExits(exits)
+	d.events.Go(func() { d.collectNetworks(exits) })
 	return d.removeStrangers(ctx)
 }
 
@@ -323,6 +326,16 @@ func (d *parts) pod(id string) (*sandbox.Record, []*container.Record) {
 		return nil, nil
 	}
 	return s.Get(), d.containers.InSandbox(id)
+}
+
+// collectNetworks gives back the addresses of pods that no record knows: those
+// of a power cut's last moment. Nothing waits for it.
+func (d *parts) collectNetworks(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, collectLimit)
+	defer cancel()
+	if err := d.network.GC(ctx, d.sandboxes.Networked()); err != nil && ctx.Err() == nil {
+		d.log.WithError(err).Warn("give back the networks of unknown pods")
+	}
 }
 
 // removeStrangers ends what the monitor runs and no record knows: a record is

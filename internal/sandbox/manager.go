@@ -211,6 +211,24 @@ func (m *Manager) List() []*Record {
 	return all
 }
 
+// Networked returns the pods whose network is not given back yet, for the CNI
+// plugins to know what of theirs is still in use.
+func (m *Manager) Networked() []cni.Pod {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	var pods []cni.Pod
+	for _, s := range m.byID {
+		r := s.Get()
+		if r.HostNetwork() || r.Released {
+			continue
+		}
+		if pod, err := cniPod(r); err == nil {
+			pods = append(pods, pod)
+		}
+	}
+	return pods
+}
+
 // Owns tells whether id is a sandbox, also one that is being made.
 func (m *Manager) Owns(id string) bool {
 	m.mu.RLock()
