@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -33,10 +34,10 @@ func (e *pullError) Unwrap() error { return e.class }
 // begins with what kubelet looks for (cri-api ErrRegistryUnavailable), so
 // whoever passes it on must put nothing in front.
 func publicError(ctx context.Context, err error, secrets []string) error {
-	if cause := context.Cause(ctx); errors.Is(cause, errNoProgress) {
-		err = errors.Join(cause, errdefs.ErrUnavailable)
-	}
 	class := classify(err)
+	if cause := context.Cause(ctx); errors.Is(cause, errNoProgress) {
+		err, class = fmt.Errorf("%w: %w", err, cause), errdefs.ErrUnavailable
+	}
 	message := scrub(err.Error(), secrets)
 	if errors.Is(class, errdefs.ErrUnavailable) {
 		message = crierrors.ErrRegistryUnavailable.Error() + ": " + message

@@ -244,3 +244,39 @@ func read(t testing.TB, path ...string) string {
 	}
 	return string(data)
 }
+
+// assertEmpty checks that nothing of any image is left: no record, no snapshot, no
+// directory.
+func assertEmpty(t testing.TB, s *Store) {
+	t.Helper()
+	if images := s.List(); len(images) != 0 {
+		t.Errorf("images: %v", images)
+	}
+	whole, broken, err := s.records.load()
+	if err != nil || len(whole)+len(broken) != 0 {
+		t.Errorf("records: %v %v %v", whole, broken, err)
+	}
+	assertSnapshots(t, s, 0)
+}
+
+// assertSnapshots checks how many snapshots there are, on record and on disk.
+func assertSnapshots(t testing.TB, s *Store, want int) {
+	t.Helper()
+	ctx := s.quiet(context.Background())
+	if err := s.free(ctx); err != nil { // the sweeper's work, now
+		t.Error(err)
+	}
+	infos, err := s.snapshotInfos(ctx)
+	if err != nil || len(infos) != want {
+		t.Errorf("%d snapshots on record, want %d: %v %v", len(infos), want, infos, err)
+	}
+	dirs, err := os.ReadDir(filepath.Join(s.cfg.Root, "snapshots"))
+	if err != nil || len(dirs) != want {
+		t.Errorf("%d snapshots on disk, want %d: %v %v", len(dirs), want, dirs, err)
+	}
+	s.layers.mu.Lock()
+	defer s.layers.mu.Unlock()
+	if len(s.layers.pins) != 0 || len(s.layers.jobs) != 0 {
+		t.Errorf("pins %v, jobs %v", s.layers.pins, s.layers.jobs)
+	}
+}

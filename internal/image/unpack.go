@@ -113,6 +113,9 @@ func unpack(ctx context.Context, dir string, l layer, blob io.Reader) ([]string,
 		if werr := wire.verify(l.desc); werr != nil {
 			return nil, werr
 		}
+		if err != nil { // the blob is what was pushed: no layer
+			err = fmt.Errorf("%w: %w", err, errdefs.ErrDataLoss)
+		}
 	}
 	if err != nil {
 		return nil, fmt.Errorf("unpack: %w", err)
