@@ -2,8 +2,8 @@
 // needs no image for it and none can be garbage-collected.
 //
 // The program is pause/pause.c, some hundred bytes that sleep, exit on SIGTERM and
-// SIGINT, and reap children. Its root filesystem holds nothing else and is shared,
-// read-only, by all pods.
+// SIGINT, and reap children. Its root filesystem is shared, read-only, by all pods
+// and holds nothing else but two empty directories, proc and dev, where Mounts go.
 package infra
 
 import (
@@ -13,6 +13,8 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+
+	"github.com/opencontainers/runtime-spec/specs-go"
 )
 
 //go:generate ./pause/build.sh
@@ -20,17 +22,35 @@ import (
 // Path is where the program is in the infra container.
 const Path = "/pause"
 
-// Install puts the root filesystem into dir, which it makes (0700), and returns
-// its path, dir/rootfs. An installed one is checked and left alone when it is
+// mountPoints are made once here, because libcontainer makes missing ones in the
+// shared root at every start.
+var mountPoints = []string{"proc", "dev"}
+
+// Mounts are what an infra container with this root needs to be started, and no
+// more. libcontainer reads /proc on the way (cap_last_cap). It fills /dev with
+// device nodes unless something is bind mounted there, and here that is the empty
+// directory itself: pause opens nothing, and the root must stay as it is.
+func Mounts(rootfs string) []specs.Mount {
+	return []specs.Mount{
+		{Destination: "/proc", Type: "proc", Source: "proc", Options: []string{"nosuid", "noexec", "nodev"}},
+		{Destination: "/dev", Type: "bind", Source: filepath.Join(rootfs, "dev"),
+			Options: []string{"bind", "ro", "nosuid", "noexec"}},
+	}
+}
+
+// Install puts the root filesystem into dir and returns its path, dir/rootfs. It
+// makes dir (0711: the root of a user namespace must get through). An installed one is checked and left alone when it is
 // right, so running containers are not disturbed; a new program replaces the
 // file and not its content.
 func Install(dir string) (string, error) {
 	rootfs := filepath.Join(dir, "rootfs")
-	if err := os.MkdirAll(dir, 0o700); err != nil {
+	if err := os.MkdirAll(dir, 0o711); err != nil {
 		return "", fmt.Errorf("install infra rootfs: %w", err)
 	}
-	if err := os.Mkdir(rootfs, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
-		return "", fmt.Errorf("install infra rootfs: %w", err)
+	for _, d := range append([]string{"."}, mountPoints...) {
+		if err := os.Mkdir(filepath.Join(rootfs, d), 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
+			return "", fmt.Errorf("install infra rootfs: %w", err)
+		}
 	}
 	program := filepath.Join(rootfs, Path)
 	if installed(program) {

@@ -17,6 +17,7 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
+	"github.com/podshim/podshim/internal/infra"
 	"github.com/podshim/podshim/internal/monitor"
 )
 
@@ -702,6 +703,34 @@ func BenchmarkExec(b *testing.B) {
 		must(b, err)
 		if e, err := x.Wait(b.Context()); err != nil || e.Code != 0 {
 			b.Fatalf("%+v, %v", e, err)
+		}
+	}
+}
+
+// P6: the infra container's root holds nothing but pause, before and after it ran.
+func TestInfra(t *testing.T) {
+	m := newMachine(t)
+	rootfs, err := infra.Install(filepath.Join(t.TempDir(), "infra"))
+	must(t, err)
+	id := m.id()
+	s := m.spec(id, infra.Path)
+	s.Root = &specs.Root{Path: rootfs, Readonly: true}
+	s.Mounts = infra.Mounts(rootfs)
+	s.Process.Capabilities = &specs.LinuxCapabilities{}
+	p, err := m.Start(t.Context(), monitor.StartRequest{ID: id, Spec: s, Discard: true})
+	must(t, err)
+	for _, fd := range []string{"0", "1", "2"} {
+		if to, err := os.Readlink(fmt.Sprintf("/proc/%d/fd/%s", p.PID, fd)); err != nil || to != "/dev/null" {
+			t.Errorf("fd %s is %s, %v", fd, to, err)
+		}
+	}
+	must(t, m.Signal(t.Context(), id, unix.SIGTERM, false))
+	if e := m.exit(id); e.Code != 0 || !e.Known {
+		t.Errorf("exit %+v, want 0", e)
+	}
+	for dir, want := range map[string]int{rootfs: 3, rootfs + "/dev": 0, rootfs + "/proc": 0} {
+		if entries, err := os.ReadDir(dir); err != nil || len(entries) != want {
+			t.Errorf("%s holds %v, %v", dir, entries, err)
 		}
 	}
 }
