@@ -11,15 +11,18 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
 	"time"
 
+	"github.com/moby/sys/mountinfo"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
@@ -107,22 +110,57 @@ func (p *Place) Scope(parent int) machine.Scope {
 	}
 }
 
-// Remove deletes the bridge, the cgroup and the directory. The daemon must
-// have stopped.
+// Remove deletes the bridge, the cgroups and the directory. The daemon must
+// have stopped. After a run that went wrong it also takes away mounts, for what
+// is below a mount is not ours to delete.
 func (p *Place) Remove() error {
 	var errs []error
 	if link, err := netlink.LinkByName(p.Bridge()); err == nil {
 		errs = append(errs, netlink.LinkDel(link))
 	}
-	roots, err := machine.CgroupRoots()
-	errs = append(errs, err)
-	for _, root := range roots {
-		err := unix.Rmdir(filepath.Join(root, p.CgroupParent()))
-		if err != nil && !errors.Is(err, unix.ENOENT) {
-			errs = append(errs, fmt.Errorf("remove cgroup %s: %w", p.CgroupParent(), err))
-		}
+	errs = append(errs, p.removeCgroups())
+	if err := p.unmount(); err != nil {
+		return errors.Join(append(errs, err)...)
 	}
 	return errors.Join(append(errs, os.RemoveAll(p.Dir))...)
+}
+
+// removeCgroups removes the place's cgroups in every hierarchy, the inner ones
+// first.
+func (p *Place) removeCgroups() error {
+	roots, err := machine.CgroupRoots()
+	errs := []error{err}
+	for _, root := range roots {
+		var dirs []string
+		err := filepath.WalkDir(filepath.Join(root, p.CgroupParent()), func(path string, d fs.DirEntry, err error) error {
+			if err == nil && d.IsDir() {
+				dirs = append(dirs, path)
+			}
+			return nil // the gone is what is wanted
+		})
+		errs = append(errs, err)
+		for _, dir := range slices.Backward(dirs) {
+			if err := unix.Rmdir(dir); err != nil && !errors.Is(err, unix.ENOENT) {
+				errs = append(errs, fmt.Errorf("remove cgroup %s: %w", dir, err))
+			}
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// unmount takes away every mount below the place, the latest first.
+func (p *Place) unmount() error {
+	mounts, err := mountinfo.GetMounts(mountinfo.PrefixFilter(p.Dir))
+	if err != nil {
+		return fmt.Errorf("list mounts: %w", err)
+	}
+	var errs []error
+	for _, m := range slices.Backward(mounts) {
+		if err := unix.Unmount(m.Mountpoint, unix.MNT_DETACH); err != nil {
+			errs = append(errs, fmt.Errorf("unmount %s: %w", m.Mountpoint, err))
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // Daemon is a podshim that runs.
