@@ -6,7 +6,9 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"os/user"
 	"path/filepath"
+	"strconv"
 	"sync"
 	"time"
 
@@ -41,7 +43,7 @@ const (
 // serve builds the daemon's parts, serves until ctx ends, and takes the parts
 // down in reverse. Containers run on.
 func serve(ctx context.Context, cfg *config.Config, log *logrus.Logger) (err error) {
-	quietLibraries(log)
+	streaming.RouteKlog(log.WithField("part", "streaming"))
 	d := &parts{cfg: cfg, log: log}
 	defer func() { err = errors.Join(err, d.close()) }()
 	if err := d.build(ctx); err != nil {
@@ -354,12 +356,11 @@ func (d *parts) removeStrangers(ctx context.Context) error {
 }
 
 func (d *parts) openServer(context.Context) error {
-	stream, err := streaming.NewServer(streaming.Config{
-		Address:     d.cfg.CRI.StreamAddress,
-		Port:        d.cfg.CRI.StreamPort,
+	stream, err := streaming.Listen(streaming.Config{
+		Addr:        net.JoinHostPort(d.cfg.CRI.StreamAddress, strconv.Itoa(d.cfg.CRI.StreamPort)),
 		IdleTimeout: d.cfg.CRI.StreamIdleTimeout.Std(),
 		Log:         d.entry("streaming"),
-	}, &streamed{Manager: d.containers, sandboxes: d.sandboxes})
+	}, d.containers)
 	if err != nil {
 		return err
 	}
@@ -436,6 +437,18 @@ func handlers(cfg config.Runtime) (map[string]spec.Handler, error) {
 		out[name] = h
 	}
 	return out, nil
+}
+
+// socketGroup is the group that may use the socket besides root; "" is none.
+func socketGroup(name string) (gid int, err error) {
+	if name == "" {
+		return 0, nil
+	}
+	g, err := user.LookupGroup(name)
+	if err != nil {
+		return 0, fmt.Errorf("cri.socket_group: %w", err)
+	}
+	return strconv.Atoi(g.Gid)
 }
 
 // listen opens the CRI socket: root's, and a configured group's.

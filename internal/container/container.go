@@ -103,8 +103,6 @@ type Container struct {
 	// known never to run.
 	exited chan struct{}
 	once   sync.Once
-	// stdinOnce is used up by the first attached client that gives standard input.
-	stdinUsed atomic.Bool
 }
 
 func newContainer(r *Record) *Container {
