@@ -146,3 +146,11 @@ func want(name string, err error, consequence, remedy string) Finding {
 	}
 	return f
 }
+
+// unless is ok when it holds and a warning otherwise.
+func unless(name string, holds bool, found, consequence, remedy string) Finding {
+	if holds {
+		return ok(name, "%s", found)
+	}
+	return warning(name, found, consequence, remedy)
+}

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/podshim/podshim/internal/config"
+	"github.com/podshim/podshim/internal/host"
 )
 
 func needRoot(t *testing.T) {
@@ -190,6 +191,31 @@ func TestKernelFiles(t *testing.T) {
 		if f := messageQueues(list); f.Level != want {
 			t.Errorf("filesystems %q: %+v", text, f)
 		}
+	}
+}
+
+func TestJudgeFacts(t *testing.T) {
+	facts := func(yes, nofile string) []host.Fact {
+		return []host.Fact{{Name: "Hostname", Value: "vm"}, {Name: "Seccomp", Value: yes}, {Name: "AppArmor", Value: "false"},
+			{Name: "NofileHard", Value: nofile}, {Name: "RRO", Value: yes}, {Name: "IDMapMounts", Value: yes, Why: "why"}}
+	}
+	if f := judgeFacts(facts("true", "100"), 100); !slices.Equal(levels(f), []Level{OK, OK, OK, OK, OK}) {
+		t.Errorf("all there: %+v", f)
+	}
+	f := judgeFacts(facts("false", "99"), 100)
+	if !slices.Equal(levels(f), []Level{Warning, OK, Warning, Warning, Warning}) || f[4].Found != "no: why" {
+		t.Errorf("none there: %+v", f)
+	}
+}
+
+// The names judged must be names that the machine's facts have.
+func TestFactsAreStillCalledSo(t *testing.T) {
+	_, facts, err := host.Facts(host.Options{CgroupDriver: config.DriverCgroupfs, Dir: t.TempDir()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if f := judgeFacts(facts, 0); len(f) != 6 {
+		t.Errorf("%d of the facts are judged: %+v", len(f), f)
 	}
 }
 

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"strconv"
 	"strings"
 	"syscall"
 	"unsafe"
@@ -15,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/podshim/podshim/internal/config"
+	"github.com/podshim/podshim/internal/host"
 )
 
 // What a kernel must be newer than to be known to work: 5.10 is the oldest
@@ -24,21 +26,53 @@ const oldestMajor, oldestMinor = 5, 10
 func kernel(_ context.Context, cfg *config.Config) []Finding {
 	findings := []Finding{version()}
 	findings = append(findings, namespaces("/proc/self/ns")...)
-	return append(findings,
+	findings = append(findings,
 		need("pidfd", pidfd(), "podshim tells processes apart by pidfd: a PID alone may be reused", "run Linux 5.3 or later"),
 		want("pidfd exit codes", pidfdExit(),
 			"exit codes of containers that end while no podmon runs are reported as unknown", "run Linux 6.15 or later"),
 		need("openat2", openat2(), "files in images cannot be opened without leaving the image by a symlink", "run Linux 5.6 or later"),
 		overlay(cfg.Root),
 		userNamespace(),
-		want("idmapped mounts", idmappedMount(nearest(cfg.Root)),
-			"pods with a user namespace (hostUsers: false) are refused",
-			"run Linux 5.12 or later, with "+cfg.Root+" on a filesystem that can map IDs (ext4, xfs, btrfs)"),
-		want("recursive read-only", recursiveReadOnly(), "mounts with recursiveReadOnly are refused", "run Linux 5.12 or later"),
-		want("seccomp", seccomp(), "containers run without a system call filter", "run a kernel with CONFIG_SECCOMP_FILTER"),
 		messageQueues("/proc/filesystems"),
 		memfd("/proc/sys/vm/memfd_noexec"),
 	)
+	_, facts, err := host.Facts(host.Options{CgroupDriver: cfg.Cgroup.Driver, Dir: nearest(cfg.Root)})
+	if err != nil {
+		return append(findings, failure("facts", err.Error(), "podshim reads these before it starts", "see the cgroup area below"))
+	}
+	return append(findings, judgeFacts(facts, cfg.Runtime.NofileHard)...)
+}
+
+var yesNo = strings.NewReplacer("true", "yes", "false", "no")
+
+// judgeFacts says what follows from what the daemon, too, reads of this machine
+// when it starts.
+func judgeFacts(facts []host.Fact, nofileHard uint64) []Finding {
+	var findings []Finding
+	for _, f := range facts {
+		found := yesNo.Replace(f.Value) + ": " + f.Why
+		switch f.Name {
+		case "IDMapMounts":
+			findings = append(findings, unless("idmapped mounts", f.Value == "true", found,
+				"pods with a user namespace (hostUsers: false) are refused",
+				"run Linux 5.12 or later, with root on a filesystem that can map IDs (ext4, xfs, btrfs)"))
+		case "RRO":
+			findings = append(findings, unless("recursive read-only", f.Value == "true", found,
+				"mounts with recursiveReadOnly are refused", "run Linux 5.12 or later"))
+		case "Seccomp":
+			findings = append(findings, unless("seccomp", f.Value == "true", found,
+				"containers cannot have a system call filter", "run a kernel with CONFIG_SECCOMP_FILTER"))
+		case "AppArmor", "SELinux":
+			// Either, or none, is an operator's choice.
+			findings = append(findings, ok(f.Name, "%s", found))
+		case "NofileHard":
+			most, err := strconv.ParseUint(f.Value, 10, 64)
+			findings = append(findings, unless("open files", err == nil && most >= nofileHard, found,
+				fmt.Sprintf("containers get this and not the %d of runtime.nofile_hard", nofileHard),
+				"raise podshim's own limit (LimitNOFILE in a systemd unit)"))
+		}
+	}
+	return findings
 }
 
 func version() Finding {
@@ -200,43 +234,6 @@ func userNamespace() Finding {
 	}
 	return want("user namespaces", err, "pods with a user namespace (hostUsers: false) are refused",
 		"run a kernel with CONFIG_USER_NS and sysctl user.max_user_namespaces above 0")
-}
-
-// idmappedMount maps the IDs of a clone of the mount at dir; nothing becomes
-// visible in the file tree.
-func idmappedMount(dir string) error {
-	ns, err := mount.GetUsernsFD("0:100000:65536", "0:100000:65536")
-	if err != nil {
-		return err
-	}
-	defer ns.Close()
-	return setOnClone(dir, unix.MountAttr{Attr_set: unix.MOUNT_ATTR_IDMAP, Userns_fd: uint64(ns.Fd())}, 0)
-}
-
-func recursiveReadOnly() error {
-	return setOnClone("/", unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY}, unix.AT_RECURSIVE)
-}
-
-// setOnClone changes a clone of the mount at dir, and throws it away.
-func setOnClone(dir string, attr unix.MountAttr, flags uint) error {
-	tree, err := unix.OpenTree(unix.AT_FDCWD, dir, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
-	if err != nil {
-		return fmt.Errorf("open_tree: %w", err)
-	}
-	defer unix.Close(tree)
-	if err := unix.MountSetattr(tree, "", unix.AT_EMPTY_PATH|flags, &attr); err != nil {
-		return fmt.Errorf("mount_setattr: %w", err)
-	}
-	return nil
-}
-
-func seccomp() error {
-	action := uint32(unix.SECCOMP_RET_ERRNO)
-	_, _, errno := unix.Syscall(unix.SYS_SECCOMP, unix.SECCOMP_GET_ACTION_AVAIL, 0, uintptr(unsafe.Pointer(&action)))
-	if errno != 0 {
-		return fmt.Errorf("seccomp: %w", errno)
-	}
-	return nil
 }
 
 // messageQueues looks for mqueue in the list at path: every container has one
