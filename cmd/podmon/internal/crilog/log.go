@@ -8,7 +8,6 @@
 package crilog
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"os"
@@ -59,7 +58,7 @@ func (l *Log) Reopen() error {
 	return closeIfOpen(old)
 }
 
-// Write appends whole records in one system call.
+// Write appends whole records in one system call, all of them or none.
 func (l *Log) Write(records []byte) {
 	if len(records) == 0 {
 		return
@@ -69,38 +68,35 @@ func (l *Log) Write(records []byte) {
 	if l.f == nil {
 		return
 	}
-	if l.lost > 0 && !l.confess() {
-		l.lost += len(records)
+	out := records
+	if l.lost > 0 {
+		out = append(l.confession(), records...)
+	}
+	if err := l.append(out); err != nil {
+		l.lost, l.why = l.lost+len(records), err
 		return
 	}
-	if err := l.append(records); err != nil {
-		l.lost, l.why = l.lost+len(records), err
-	}
-}
-
-// confess writes how much was lost, and tells whether writing works again.
-func (l *Log) confess() bool {
-	note := fmt.Sprintf("%s stderr F [podmon: %d bytes of log records were lost here: %v]\n",
-		time.Now().UTC().Format(time.RFC3339Nano), l.lost, l.why)
-	if l.append([]byte(note)) != nil {
-		return false
-	}
 	l.lost, l.why = 0, nil
-	return true
 }
 
-// append writes all of records or leaves no torn record behind: a reader would
-// take it for the beginning of the next one.
+// confession is the record that says how much was lost.
+func (l *Log) confession() []byte {
+	return fmt.Appendf(nil, "%s stderr F [podmon: %d bytes of log records were lost here: %v]\n",
+		time.Now().UTC().Format(time.RFC3339Nano), l.lost, l.why)
+}
+
+// append takes back what a write has done in part: a reader would take a torn
+// record for the beginning of the next one.
 func (l *Log) append(records []byte) error {
 	n, err := l.f.Write(records)
 	if err == nil || n == 0 {
 		return err
 	}
-	torn := n - (bytes.LastIndexByte(records[:n], '\n') + 1)
-	if st, serr := l.f.Stat(); serr == nil && torn > 0 {
-		err = errors.Join(err, l.f.Truncate(st.Size()-int64(torn)))
+	st, serr := l.f.Stat()
+	if serr != nil {
+		return errors.Join(err, serr)
 	}
-	return err
+	return errors.Join(err, l.f.Truncate(st.Size()-int64(n)))
 }
 
 // Size returns how long the file is now.
