@@ -69,6 +69,8 @@ type Monitor struct {
 	cancel context.CancelFunc
 	work   sync.WaitGroup
 
+	remains []string // directories of podmons that New found dead
+
 	// upgrading is held while the current podmon changes, not for requests.
 	upgrading sync.Mutex
 
@@ -126,7 +128,13 @@ func New(ctx context.Context, o Options) (_ *Monitor, err error) {
 			return nil, err
 		}
 	}
-	return m, m.adoptOrphans(ctx)
+	if err := m.adoptOrphans(ctx); err != nil {
+		return nil, err
+	}
+	for _, dir := range m.remains {
+		m.bury(dir)
+	}
+	return m, nil
 }
 
 // Close drops the connections; podmon and the containers go on.

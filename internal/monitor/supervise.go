@@ -17,7 +17,8 @@ import (
 // retryStart is the pause between attempts to start a podmon.
 const retryStart = time.Second
 
-// reconnect finds the podmons that are alive; directories of dead ones go.
+// reconnect finds the podmons that are alive. The directories of dead ones are
+// kept until their containers, whose output may be in a journal there, have moved.
 func (m *Monitor) reconnect(ctx context.Context) error {
 	root := filepath.Join(m.o.RunDir, "podmon")
 	entries, err := os.ReadDir(root)
@@ -29,9 +30,7 @@ func (m *Monitor) reconnect(ctx context.Context) error {
 		l, err := m.dialLimited(ctx, e.Name(), dir)
 		if err != nil {
 			m.log.WithError(err).WithField("podmon", e.Name()).Info("podmon is gone")
-			if err := os.RemoveAll(dir); err != nil {
-				return err
-			}
+			m.remains = append(m.remains, dir)
 			continue
 		}
 		if err := m.welcome(ctx, l); err != nil {
@@ -148,10 +147,14 @@ func (m *Monitor) replace(l *link) {
 		}
 	}
 	l.close()
-	if err := os.RemoveAll(l.dir); err != nil {
+	m.handOver(l)
+}
+
+// bury removes the directory of a podmon that holds nothing any more.
+func (m *Monitor) bury(dir string) {
+	if err := os.RemoveAll(dir); err != nil {
 		m.log.WithError(err).Warn("remove podmon's directory")
 	}
-	m.handOver(l)
 }
 
 // pause waits before another attempt; false when the Monitor is closed.
@@ -175,6 +178,7 @@ func (m *Monitor) handOver(from *link) {
 			err = m.adoptAll(m.ctx, from)
 		}
 		if err == nil {
+			m.bury(from.dir)
 			return
 		}
 		m.log.WithError(err).Error("hand containers over")

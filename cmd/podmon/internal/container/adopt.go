@@ -69,11 +69,18 @@ func (c *Container) adopt(ctx context.Context, files *wire.Message) error {
 			return c.lost(ctx)
 		}
 	}
+	if err := c.resumeOutput(files); err != nil {
+		return err
+	}
+	// From here on the old journal must not be looked at again.
 	c.rec.Owner = c.m.Owner
 	if err := save(c.dir, recordFile, c.rec); err != nil {
 		return fmt.Errorf("record: %w", err)
 	}
-	return c.resumeOutput(files)
+	if c.output != nil {
+		c.output.Read()
+	}
+	return nil
 }
 
 // lost settles a container that ended while nobody watched, so that its exit
@@ -112,12 +119,14 @@ func (c *Container) drainLost() {
 		return
 	}
 	if c.output != nil {
+		c.output.Read()
 		if err := c.output.Drain(drainLimit); err != nil {
 			c.log().WithError(err).Warn("close log")
 		}
 	}
 }
 
+// resumeOutput makes ready to read where the last podmon has left off.
 func (c *Container) resumeOutput(files *wire.Message) (err error) {
 	var log *crilog.Log
 	if c.rec.LogPath != "" {
@@ -136,8 +145,8 @@ func (c *Container) resumeOutput(files *wire.Message) (err error) {
 		if err != nil {
 			return fmt.Errorf("duplicate console: %w", err)
 		}
-		c.output = c.attachOutput(log, dup, nil)
-		return nil
+		c.output = c.newOutput(log, dup, nil)
+		return c.output.Resume(c.m.journalOf(c.rec.Owner))
 	}
 	if c.rec.Discard {
 		return nil
@@ -150,8 +159,8 @@ func (c *Container) resumeOutput(files *wire.Message) (err error) {
 			}
 		}
 	}
-	c.output = c.attachOutput(log, ends[wire.FileStdout], ends[wire.FileStderr])
-	return nil
+	c.output = c.newOutput(log, ends[wire.FileStdout], ends[wire.FileStderr])
+	return c.output.Resume(c.m.journalOf(c.rec.Owner))
 }
 
 // Release stops reading and forgets the container, which runs on; another

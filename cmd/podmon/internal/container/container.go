@@ -62,6 +62,7 @@ type Config struct {
 // Manager holds a podmon's containers.
 type Manager struct {
 	Config
+	journal *stdio.Journal
 
 	mu         sync.Mutex
 	containers map[string]*Container
@@ -120,7 +121,13 @@ func NewManager(c Config) (*Manager, error) {
 			return nil, err
 		}
 	}
-	return m, nil
+	var err error
+	m.journal, err = stdio.NewJournal(m.journalOf(c.Owner))
+	return m, err
+}
+
+func (m *Manager) journalOf(owner string) string {
+	return filepath.Join(m.RunDir, "podmon", owner, "journal")
 }
 
 func (m *Manager) stateRoot() string     { return filepath.Join(m.RunDir, "state") }

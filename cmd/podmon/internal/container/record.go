@@ -16,13 +16,12 @@ import (
 const (
 	recordFile = "record.json"
 	exitFile   = "exit.json"
-	restSuffix = ".rest" // an incomplete line of a stream
 )
 
 // record is what a podmon knows of a container besides libcontainer's state.
 // It is written before anything is started, and again when PID 1 runs.
 type record struct {
-	Owner       string            `json:"owner"` // instance of podmon, for the operator
+	Owner       string            `json:"owner"` // the podmon, whose journal it is in
 	LogRoot     string            `json:"log_root,omitempty"`
 	LogPath     string            `json:"log_path,omitempty"`
 	Terminal    bool              `json:"terminal,omitempty"`

@@ -261,24 +261,28 @@ func (c *Container) readOutput(r wire.StartRequest, e *ends) (err error) {
 			return fmt.Errorf("duplicate console: %w", err)
 		}
 	}
-	c.output = c.attachOutput(e.log, e.stdout, e.stderr)
+	c.output = c.newOutput(e.log, e.stdout, e.stderr)
 	e.log, e.stdout, e.stderr = nil, nil, nil
+	if c.output != nil {
+		c.output.Read()
+	}
 	return nil
 }
 
-// attachOutput owns the log and the files; nil ones are left out.
-func (c *Container) attachOutput(log *crilog.Log, stdout, stderr *os.File) *stdio.Output {
+// newOutput owns the log and the files; nil ones are left out.
+func (c *Container) newOutput(log *crilog.Log, stdout, stderr *os.File) *stdio.Output {
 	if stdout == nil && stderr == nil {
 		if log != nil {
 			log.Close()
 		}
 		return nil
 	}
-	out := stdio.New(log)
-	for name, f := range map[string]*os.File{"stdout": stdout, "stderr": stderr} {
-		if f != nil {
-			out.Read(name, f, filepath.Join(c.dir, name+restSuffix))
-		}
+	out := stdio.New(c.ID, c.dir, c.m.journal, log)
+	if stdout != nil {
+		out.Add(wire.FileStdout, stdout, c.rec.Terminal)
+	}
+	if stderr != nil {
+		out.Add(wire.FileStderr, stderr, false)
 	}
 	return out
 }

@@ -149,7 +149,7 @@ func TestFullDisk(t *testing.T) {
 	defer l.Close()
 	record := []byte(stamp + "F " + strings.Repeat("x", 3000) + "\n")
 	for range 10 {
-		l.Write(record)
+		l.Write(record, nil)
 	}
 	path := filepath.Join(root, "log")
 	b, err := os.ReadFile(path)
@@ -166,7 +166,7 @@ func TestFullDisk(t *testing.T) {
 	if err := l.Reopen(); err != nil {
 		t.Fatal(err)
 	}
-	l.Write(record)
+	l.Write(record, nil)
 	b, err = os.ReadFile(path)
 	if err != nil {
 		t.Fatal(err)
@@ -182,5 +182,5 @@ func TestFullDisk(t *testing.T) {
 	if err := errors.Join(l.Close(), l.Close()); err != nil {
 		t.Error(err)
 	}
-	l.Write(record) // dropped
+	l.Write(record, nil) // dropped
 }

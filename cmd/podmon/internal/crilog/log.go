@@ -58,8 +58,17 @@ func (l *Log) Reopen() error {
 	return closeIfOpen(old)
 }
 
-// Write appends whole records in one system call, all of them or none.
-func (l *Log) Write(records []byte) {
+// Progress is told what happens to records, so that a write that a killed podmon
+// has left half done can be undone. It is called with the log locked: nothing else
+// is written meanwhile.
+type Progress interface {
+	Writing(log unix.Stat_t) // as the file is now
+	Written()
+}
+
+// Write appends whole records in one system call, all of them or none. progress
+// may be nil.
+func (l *Log) Write(records []byte, progress Progress) {
 	if len(records) == 0 {
 		return
 	}
@@ -72,11 +81,33 @@ func (l *Log) Write(records []byte) {
 	if l.lost > 0 {
 		out = append(l.confession(), records...)
 	}
+	if progress != nil {
+		var st unix.Stat_t
+		if err := unix.Fstat(int(l.f.Fd()), &st); err == nil {
+			progress.Writing(st)
+		}
+		defer progress.Written()
+	}
 	if err := l.append(out); err != nil {
 		l.lost, l.why = l.lost+len(records), err
 		return
 	}
 	l.lost, l.why = 0, nil
+}
+
+// Undo takes back what a killed podmon has appended to this very file at offset.
+// When the log has been renamed since, its reader sees a torn record there.
+func (l *Log) Undo(device, inode uint64, offset int64) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	var st unix.Stat_t
+	if err := unix.Fstat(int(l.f.Fd()), &st); err != nil {
+		return err
+	}
+	if st.Dev != device || st.Ino != inode || st.Size <= offset {
+		return nil
+	}
+	return l.f.Truncate(offset)
 }
 
 // confession is the record that says how much was lost.
@@ -97,17 +128,6 @@ func (l *Log) append(records []byte) error {
 		return errors.Join(err, serr)
 	}
 	return errors.Join(err, l.f.Truncate(st.Size()-int64(n)))
-}
-
-// Size returns how long the file is now.
-func (l *Log) Size() (int64, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	st, err := l.f.Stat()
-	if err != nil {
-		return 0, err
-	}
-	return st.Size(), nil
 }
 
 // Close ends the log; later writes are dropped.

@@ -2,12 +2,20 @@
 // holds no buffer while nothing comes. Output goes to the CRI log and to
 // whoever is attached, and neither can make the container wait: the log drops
 // and counts what it cannot write, a slow reader is cut off.
+//
+// A podmon that dies loses none of it. What is in the pipe stays there, what has
+// been read is in the Journal, an incomplete line is in a file of the container's
+// directory; Resume puts them together. (A terminal is read without the journal,
+// for its driver does not tell how much there is to read.)
 package stdio
 
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
+	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 
@@ -20,14 +28,17 @@ import (
 // chunk is how much is read at once: what a pipe holds by default.
 const chunk = 64 << 10
 
-var chunks = sync.Pool{New: func() any { b := make([]byte, chunk); return &b }}
+// terminalChunks are for terminals, which have no slot in the journal.
+var terminalChunks = sync.Pool{New: func() any { return &slot{mem: make([]byte, slotHead+4096), index: -1} }}
 
 // records is what a chunk becomes; short lines make it larger than the chunk.
 var records = sync.Pool{New: func() any { b := make([]byte, 0, 2*chunk); return &b }}
 
 // Output is all that one container writes.
 type Output struct {
-	log *crilog.Log // nil: nobody reads the log
+	id, dir string
+	journal *Journal
+	log     *crilog.Log // nil: nobody reads the log
 
 	mu       sync.Mutex
 	attached map[*Attachment]struct{}
@@ -43,26 +54,86 @@ type stream struct {
 	mu    sync.Mutex // held while others use f
 	ended bool       // f is closed
 
-	lines   crilog.Lines
-	rest    string // file that keeps lines.Rest for a successor
-	hasRest bool
+	terminal bool
+	lines    crilog.Lines
+	rest     restFile
 }
 
-// New makes an Output that writes to log, which may be nil.
-func New(log *crilog.Log) *Output {
-	return &Output{log: log, attached: map[*Attachment]struct{}{}}
+// New makes an Output of a container that writes to log, which may be nil. Its
+// directory keeps incomplete lines.
+func New(id, dir string, journal *Journal, log *crilog.Log) *Output {
+	return &Output{id: id, dir: dir, journal: journal, log: log, attached: map[*Attachment]struct{}{}}
 }
 
-// Read begins reading f as the stream of that name. Output owns f, which must be
-// non-blocking. The file rest keeps an incomplete last line, so that the next
-// podmon goes on with it when this one dies.
-func (o *Output) Read(name string, f *os.File, rest string) {
-	s := &stream{f: f, lines: crilog.Lines{Stream: name}, rest: rest}
-	if b, err := os.ReadFile(rest); err == nil && len(b) > 0 && len(b) <= crilog.MaxPiece {
-		s.lines.Rest, s.hasRest = b, true
+// Add makes f the stream of that name. Output owns f, which must be non-blocking.
+// A container's streams are added before Resume and Read.
+func (o *Output) Add(name string, f *os.File, terminal bool) {
+	o.streams = append(o.streams, &stream{
+		f: f, terminal: terminal, lines: crilog.Lines{Stream: name},
+		rest: restFile{path: filepath.Join(o.dir, name+".rest")},
+	})
+}
+
+// Resume goes on where a podmon has left off: with its incomplete lines, and
+// with what is in its journal.
+func (o *Output) Resume(journal string) error {
+	for _, s := range o.streams {
+		var err error
+		if s.lines.Rest, err = s.rest.load(); err != nil {
+			return err
+		}
 	}
-	o.streams = append(o.streams, s)
-	o.readers.Go(func() { o.pump(s) })
+	slots, err := unfinished(journal, o.id)
+	if err != nil || o.log == nil {
+		return err
+	}
+	// The one in state writing first: it makes the log whole.
+	slices.SortFunc(slots, func(a, b *slot) int { return boolInt(b.state() == slotWriting) - boolInt(a.state() == slotWriting) })
+	for _, slot := range slots {
+		for _, s := range o.streams {
+			if s.lines.Stream == slot.string(atStream) {
+				o.redo(s, slot)
+			}
+		}
+	}
+	return nil
+}
+
+func boolInt(b bool) int {
+	if b {
+		return 1
+	}
+	return 0
+}
+
+// redo finishes a chunk that a dead podmon has begun.
+func (o *Output) redo(s *stream, slot *slot) {
+	if slot.seq() == s.rest.seq {
+		return // nothing was missing but marking it idle
+	}
+	switch slot.state() {
+	case slotReading:
+		if !slot.arrived() {
+			return // it is still in the pipe
+		}
+	case slotWriting:
+		if err := o.log.Undo(slot.uint64(atDevice), slot.uint64(atInode), int64(slot.uint64(atOffset))); err != nil {
+			logrus.WithError(err).WithField("container", o.id).Error("undo a torn write of the log")
+		}
+	case slotWritten:
+		s.lines.Append(nil, slot.data(), time.Now()) // for the rest
+		s.rest.save(slot.seq(), s.lines.Rest)
+		return
+	}
+	o.log.Write(s.lines.Append(nil, slot.data(), time.Now()), nil)
+	s.rest.save(slot.seq(), s.lines.Rest)
+}
+
+// Read begins reading all streams.
+func (o *Output) Read() {
+	for _, s := range o.streams {
+		o.readers.Go(func() { o.pump(s) })
+	}
 }
 
 // Share calls add for the read end of every stream that has not ended. The files
@@ -100,79 +171,122 @@ func (o *Output) pump(s *stream) {
 	if err != nil {
 		return
 	}
+	read := o.readPipe
+	if s.terminal {
+		read = readTerminal
+	}
 	for {
-		buf, n, err := readReady(raw)
-		if n > 0 {
-			o.deliver(s, (*buf)[:n])
-		}
-		if buf != nil {
-			chunks.Put(buf)
-		}
-		if errors.Is(err, os.ErrDeadlineExceeded) {
+		var c *slot
+		var err error
+		werr := raw.Read(func(fd uintptr) (done bool) {
+			c, err = read(int(fd), s.lines.Stream)
+			return err != unix.EAGAIN
+		})
+		if errors.Is(werr, os.ErrDeadlineExceeded) {
 			return // released: the rest is on file for the successor
 		}
-		if err != nil || n == 0 {
-			// EIO is a terminal whose last user is gone.
+		if err = errors.Join(werr, err); err != nil {
+			logrus.WithError(err).WithField("container", o.id).Error("read output")
+		}
+		if c == nil {
 			o.flush(s)
 			return
 		}
+		o.deliver(s, c)
+		if s.terminal {
+			terminalChunks.Put(c)
+		} else {
+			o.journal.put(c)
+		}
 	}
 }
 
-// readReady waits until there is something to read and only then takes a buffer.
-func readReady(raw interface {
-	Read(func(uintptr) bool) error
-}) (buf *[]byte, n int, err error) {
-	werr := raw.Read(func(fd uintptr) bool {
-		buf = chunks.Get().(*[]byte)
-		for {
-			n, err = unix.Read(int(fd), *buf)
-			if err != unix.EINTR {
-				break
-			}
-		}
-		if err == unix.EAGAIN {
-			chunks.Put(buf)
-			buf, n = nil, 0
-			return false
-		}
-		return true
-	})
-	if werr != nil {
-		return nil, 0, werr
+// readPipe reads what is in the pipe, at most a chunk, into a slot of the journal.
+// No slot is the end of the stream; EAGAIN is an empty pipe, which holds no slot.
+func (o *Output) readPipe(fd int, stream string) (*slot, error) {
+	n, err := unix.IoctlGetInt(fd, unix.TIOCINQ)
+	if err != nil {
+		return nil, fmt.Errorf("FIONREAD: %w", err)
 	}
-	return buf, max(n, 0), err
+	if n == 0 {
+		return nil, emptyPipe(fd)
+	}
+	c := o.journal.get(o.id, stream)
+	// Nobody else reads the pipe, so exactly as much can be read as is there.
+	c.expect(min(n, chunk))
+	for {
+		n, err = unix.Read(fd, c.data())
+		if err != unix.EINTR {
+			break
+		}
+	}
+	if err != nil || n == 0 {
+		o.journal.put(c)
+		return nil, err
+	}
+	c.setLength(n)
+	c.setState(slotRead)
+	return c, nil
 }
 
-func (o *Output) deliver(s *stream, p []byte) {
-	o.tee(s.lines.Stream, p)
+// emptyPipe tells an empty pipe (EAGAIN) from one at its end (nil), and does not
+// read what comes meanwhile.
+func emptyPipe(fd int) error {
+	poll := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+	if _, err := unix.Poll(poll, 0); err != nil && err != unix.EINTR {
+		return fmt.Errorf("poll: %w", err)
+	}
+	if poll[0].Revents&unix.POLLIN == 0 && poll[0].Revents&unix.POLLHUP != 0 {
+		return nil
+	}
+	return unix.EAGAIN
+}
+
+// readTerminal reads from a terminal's master, whose end is EIO.
+func readTerminal(fd int, _ string) (*slot, error) {
+	c := terminalChunks.Get().(*slot)
+	for {
+		n, err := unix.Read(fd, c.mem[slotHead:])
+		if err == unix.EINTR {
+			continue
+		}
+		if err == nil && n > 0 {
+			c.setLength(n)
+			return c, nil
+		}
+		terminalChunks.Put(c)
+		if err == unix.EIO {
+			err = nil
+		}
+		return nil, err
+	}
+}
+
+func (o *Output) deliver(s *stream, c *slot) {
+	o.tee(s.lines.Stream, c.data())
 	if o.log == nil {
 		return
 	}
 	out := records.Get().(*[]byte)
 	defer func() { records.Put(out) }()
-	*out = s.lines.Append((*out)[:0], p, time.Now())
-	o.log.Write(*out)
-	s.saveRest()
+	*out = s.lines.Append((*out)[:0], c.data(), time.Now())
+	o.log.Write(*out, c)
+	s.rest.save(c.seq(), s.lines.Rest)
 	if cap(*out) > 8*chunk {
 		*out = make([]byte, 0, 2*chunk) // a flood of empty lines; do not keep it
 	}
 }
 
-// saveRest keeps the incomplete line on file. A failure costs that line only
-// when podmon dies too, and is not worth more than trying.
-func (s *stream) saveRest() {
-	if len(s.lines.Rest) == 0 && !s.hasRest {
-		return
-	}
-	s.hasRest = os.WriteFile(s.rest, s.lines.Rest, 0o600) == nil && len(s.lines.Rest) > 0
-}
+// Writing and Written are how the log tells what it does with a chunk.
+func (s *slot) Writing(log unix.Stat_t) { s.writing(log) }
+func (s *slot) Written()                { s.setState(slotWritten) }
 
+// flush writes the incomplete line at the end of a stream.
 func (o *Output) flush(s *stream) {
 	if o.log != nil {
-		o.log.Write(s.lines.Flush(nil, time.Now()))
+		o.log.Write(s.lines.Flush(nil, time.Now()), nil)
 	}
-	s.saveRest()
+	s.rest.save(s.rest.seq+1, nil)
 }
 
 func (o *Output) tee(stream string, p []byte) {

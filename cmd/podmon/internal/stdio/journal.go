@@ -1,0 +1,221 @@
+package stdio
+
+import (
+	"bytes"
+	"crypto/rand"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"os"
+	"sync"
+	"sync/atomic"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// Journal keeps the output that podmon has taken out of a pipe and not yet put
+// into the log where the next podmon finds it: in a file that is mapped into
+// memory. So a podmon that is killed between the two loses nothing, and writing
+// costs no system call. The file is an array of slots, one for each chunk underway:
+//
+//	idle -> reading -> read -> writing -> written -> idle
+//
+//	reading  n bytes are about to be read; whether they have been is told by a
+//	         sentinel at their end, which the read overwrites
+//	read     the data is in the slot
+//	writing  its records are about to be appended to the log at an offset; what is
+//	         behind the offset is of this slot and may be torn. One slot of a
+//	         container at a time is in this state.
+//	written  the records are in the log; the incomplete line may not be on file yet
+type Journal struct {
+	f *os.File
+
+	mu    sync.Mutex
+	free  []*slot // with their memory
+	holes []int64 // indexes of slots without
+	slots int64
+	seq   uint64
+}
+
+// States of a slot.
+const (
+	slotIdle uint32 = iota
+	slotReading
+	slotRead
+	slotWriting
+	slotWritten
+)
+
+const (
+	slotHead = 4096 // a page, so that the data is page aligned
+	slotSize = slotHead + chunk
+	// keepSlots is how many unused slots keep their memory.
+	keepSlots = 4
+	// sentinelSize makes it as good as impossible that data looks like a sentinel.
+	sentinelSize = 16
+	maxID        = 255
+)
+
+// Offsets in a slot's head. The state is written last, atomically.
+const (
+	atState    = 0
+	atLength   = 4
+	atSeq      = 8
+	atDevice   = 16
+	atInode    = 24
+	atOffset   = 32
+	atSentinel = 40
+	atStream   = 56 // length byte and name
+	atID       = 72 // length byte and name
+)
+
+// slot is one chunk's place, mapped or read from a dead podmon's journal.
+type slot struct {
+	mem   []byte
+	index int64 // in the journal; -1 is not in it
+}
+
+// NewJournal makes a journal at path, which must not exist.
+func NewJournal(path string) (*Journal, error) {
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("make journal: %w", err)
+	}
+	// Sequence numbers must differ from those of every podmon before.
+	return &Journal{f: f, seq: uint64(time.Now().UnixNano())}, nil
+}
+
+// get returns a slot for a chunk of a container's stream. When the run directory
+// is full it is one outside the journal: reading must go on.
+func (j *Journal) get(id, stream string) *slot {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	var s *slot
+	if n := len(j.free); n > 0 {
+		s = j.free[n-1]
+		j.free = j.free[:n-1]
+	} else if s = j.grow(); s == nil {
+		s = &slot{mem: make([]byte, slotSize), index: -1}
+	}
+	j.seq++
+	s.putUint64(atSeq, j.seq)
+	s.putString(atStream, stream)
+	s.putString(atID, id)
+	return s
+}
+
+// grow maps another slot; nil when that cannot be had. Its memory is reserved
+// first: a full tmpfs raises SIGBUS when a mapped hole is touched.
+func (j *Journal) grow() *slot {
+	index := j.slots
+	if n := len(j.holes); n > 0 {
+		index = j.holes[n-1]
+	}
+	fd := int(j.f.Fd())
+	if err := unix.Fallocate(fd, 0, index*slotSize, slotSize); err != nil {
+		return nil
+	}
+	mem, err := unix.Mmap(fd, index*slotSize, slotSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	if err != nil {
+		return nil
+	}
+	if index == j.slots {
+		j.slots++
+	} else {
+		j.holes = j.holes[:len(j.holes)-1]
+	}
+	return &slot{mem, index}
+}
+
+// put takes a slot back; the memory of more than a few is given back.
+func (j *Journal) put(s *slot) {
+	s.setState(slotIdle)
+	if s.index < 0 {
+		return
+	}
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if len(j.free) < keepSlots {
+		j.free = append(j.free, s)
+		return
+	}
+	if unix.Munmap(s.mem) == nil {
+		_ = unix.Fallocate(int(j.f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, s.index*slotSize, slotSize)
+		j.holes = append(j.holes, s.index)
+	}
+}
+
+func (s *slot) putUint64(at int, v uint64) { binary.LittleEndian.PutUint64(s.mem[at:], v) }
+func (s *slot) uint64(at int) uint64       { return binary.LittleEndian.Uint64(s.mem[at:]) }
+
+func (s *slot) putString(at int, v string) {
+	s.mem[at] = byte(len(v))
+	copy(s.mem[at+1:at+1+maxID], v)
+}
+
+func (s *slot) string(at int) string {
+	return string(s.mem[at+1 : at+1+int(s.mem[at])])
+}
+
+func (s *slot) setState(state uint32) {
+	atomic.StoreUint32((*uint32)(unsafe.Pointer(&s.mem[atState])), state)
+}
+
+func (s *slot) state() uint32 { return binary.NativeEndian.Uint32(s.mem[atState:]) }
+func (s *slot) seq() uint64   { return s.uint64(atSeq) }
+
+// data is the chunk; its length is fixed by expect or trim.
+func (s *slot) data() []byte {
+	n := binary.LittleEndian.Uint32(s.mem[atLength:])
+	return s.mem[slotHead : slotHead+min(int(n), chunk)]
+}
+
+func (s *slot) setLength(n int) { binary.LittleEndian.PutUint32(s.mem[atLength:], uint32(n)) }
+
+// expect prepares the slot for reading n bytes.
+func (s *slot) expect(n int) {
+	s.setLength(n)
+	var sentinel [sentinelSize]byte
+	_, _ = rand.Read(sentinel[:]) // never fails
+	copy(s.mem[atSentinel:], sentinel[:])
+	tail := min(n, sentinelSize)
+	copy(s.mem[slotHead+n-tail:], sentinel[:tail])
+	s.setState(slotReading)
+}
+
+// arrived tells, of a slot in state reading, whether the data has been read.
+func (s *slot) arrived() bool {
+	data := s.data()
+	tail := min(len(data), sentinelSize)
+	return !bytes.Equal(data[len(data)-tail:], s.mem[atSentinel:atSentinel+tail])
+}
+
+// writing notes where the log will be written.
+func (s *slot) writing(log unix.Stat_t) {
+	s.putUint64(atDevice, log.Dev)
+	s.putUint64(atInode, log.Ino)
+	s.putUint64(atOffset, uint64(log.Size))
+	s.setState(slotWriting)
+}
+
+// unfinished returns the slots of a container in a dead podmon's journal that are
+// not idle; a journal that is gone has none.
+func unfinished(path, id string) ([]*slot, error) {
+	b, err := os.ReadFile(path)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read journal: %w", err)
+	}
+	var found []*slot
+	for ; len(b) >= slotSize; b = b[slotSize:] {
+		s := &slot{mem: b[:slotSize], index: -1}
+		if s.state() != slotIdle && s.string(atID) == id {
+			found = append(found, s)
+		}
+	}
+	return found, nil
+}
