@@ -1,8 +1,10 @@
 package sandbox
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"path/filepath"
 
@@ -44,6 +46,31 @@ func (m *Manager) makeFiles(r *Record) error {
 		return nil
 	}
 	return mountShm(filepath.Join(dir, "shm"), r)
+}
+
+// writeHosts makes the /etc/hosts of containers whose client brings none, as
+// crictl does not: without it few images know what localhost is. A pod on the
+// node's network has the node's.
+func (m *Manager) writeHosts(r *Record, ips []netip.Addr) error {
+	var b bytes.Buffer
+	if r.HostNetwork() {
+		raw, err := os.ReadFile("/etc/hosts")
+		if err != nil && !errors.Is(err, os.ErrNotExist) {
+			return fmt.Errorf("read the node's hosts: %w", err)
+		}
+		b.Write(raw)
+	} else {
+		b.WriteString("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n")
+		if hostname := r.Config.GetHostname(); hostname != "" {
+			for _, ip := range ips {
+				fmt.Fprintf(&b, "%s\t%s\n", ip, hostname)
+			}
+		}
+	}
+	if err := os.WriteFile(filepath.Join(m.dir(r.ID), "hosts"), b.Bytes(), 0o644); err != nil {
+		return fmt.Errorf("write hosts: %w", err)
+	}
+	return nil
 }
 
 func mountShm(path string, r *Record) error {

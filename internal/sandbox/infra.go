@@ -15,6 +15,7 @@ import (
 	"github.com/podshim/podshim/internal/image"
 	"github.com/podshim/podshim/internal/infra"
 	"github.com/podshim/podshim/internal/rootfs"
+	"github.com/podshim/podshim/internal/spec"
 )
 
 // InfraImage is what an infra container runs.
@@ -22,7 +23,10 @@ type InfraImage struct {
 	Rootfs string
 	// Config is the image's; nil means the embedded pause.
 	Config *ocispec.ImageConfig
+	Name   string // of the image
 	User   specs.User
+	// Mounts are what starting it needs.
+	Mounts []specs.Mount
 }
 
 // EmbeddedInfra gives every infra container the one directory that holds nothing
@@ -41,7 +45,7 @@ func NewEmbeddedInfra(dir string) (*EmbeddedInfra, error) {
 
 // Acquire returns the one root there is.
 func (e *EmbeddedInfra) Acquire(context.Context, string, []specs.LinuxIDMapping, []specs.LinuxIDMapping) (InfraImage, error) {
-	return InfraImage{Rootfs: e.root}, nil
+	return InfraImage{Rootfs: e.root, Mounts: infra.Mounts(e.root)}, nil
 }
 
 // Release has nothing to give back.
@@ -95,7 +99,7 @@ func (i *ImageInfra) Acquire(ctx context.Context, id string, uids, gids []specs.
 	if err != nil {
 		return InfraImage{}, fmt.Errorf("user of infra_image: %w", err)
 	}
-	return InfraImage{Rootfs: i.path(id), Config: &img.Config, User: specs.User{UID: user.UID, GID: user.GID, AdditionalGids: user.AdditionalGIDs}}, nil
+	return InfraImage{Rootfs: i.path(id), Config: &img.Config, Name: i.Ref, Mounts: spec.KernelMounts(), User: specs.User{UID: user.UID, GID: user.GID, AdditionalGids: user.AdditionalGIDs}}, nil
 }
 
 // Release unmounts and removes the snapshot.

@@ -16,6 +16,7 @@ import (
 
 	"github.com/podshim/podshim/internal/cni"
 	"github.com/podshim/podshim/internal/flight"
+	"github.com/podshim/podshim/internal/host"
 	"github.com/podshim/podshim/internal/monitor"
 	"github.com/podshim/podshim/internal/spec"
 	"github.com/podshim/podshim/internal/state"
@@ -112,6 +113,9 @@ func (m *Manager) build(ctx context.Context, s *Sandbox) error {
 		return err
 	})
 	if err := g.Wait(); err != nil {
+		return err
+	}
+	if err := m.writeHosts(r, network.IPs); err != nil {
 		return err
 	}
 	return m.transition(s, Ready, func(r *Record) {
@@ -213,12 +217,15 @@ func (m *Manager) startInfra(ctx context.Context, r *Record) (monitor.Process, e
 		return monitor.Process{}, fmt.Errorf("infra container's root: %w", err)
 	}
 	oci, err := spec.ForInfra(spec.Infra{
-		Pod:     m.specPod(r),
-		Rootfs:  image.Rootfs,
-		Image:   image.Config,
-		User:    image.User,
-		Host:    m.Host,
-		Handler: m.Handlers[r.Handler],
+		Pod:         m.specPod(r),
+		Rootfs:      image.Rootfs,
+		Image:       image.Config,
+		ImageName:   image.Name,
+		User:        image.User,
+		Mounts:      image.Mounts,
+		ReadSeccomp: host.ReadSeccomp,
+		Host:        m.Host,
+		Handler:     m.Handlers[r.Handler],
 	})
 	if err != nil {
 		return monitor.Process{}, fmt.Errorf("describe infra container: %w", err)
@@ -296,6 +303,7 @@ func (m *Manager) specPod(r *Record) spec.Pod {
 		Shm:          filepath.Join(dir, "shm"),
 		ResolvConf:   filepath.Join(dir, "resolv.conf"),
 		Hostname:     filepath.Join(dir, "hostname"),
+		Hosts:        filepath.Join(dir, "hosts"),
 		CgroupParent: r.CgroupParent,
 		ProcessLabel: r.ProcessLabel, MountLabel: r.MountLabel,
 	}

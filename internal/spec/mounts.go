@@ -73,17 +73,24 @@ func byDepth(wanted map[string]specs.Mount) []specs.Mount {
 	return out
 }
 
-// defaultMounts are the kernel file systems every container has.
-func defaultMounts(c Container) []specs.Mount {
-	mounts := []specs.Mount{
+// KernelMounts are the file systems without which no program of an image can be
+// expected to run: the mounts of an infra_image.
+func KernelMounts() []specs.Mount {
+	return []specs.Mount{
 		{Destination: "/proc", Type: "proc", Source: "proc", Options: []string{"nosuid", "noexec", "nodev"}},
 		{Destination: "/dev", Type: "tmpfs", Source: "tmpfs",
 			Options: []string{"nosuid", "strictatime", "mode=755", "size=65536k"}},
+	}
+}
+
+// defaultMounts are the kernel file systems every container has.
+func defaultMounts(c Container) []specs.Mount {
+	mounts := append(KernelMounts(), []specs.Mount{
 		{Destination: "/dev/pts", Type: "devpts", Source: "devpts",
 			Options: []string{"nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"}},
 		{Destination: "/dev/mqueue", Type: "mqueue", Source: "mqueue", Options: []string{"nosuid", "noexec", "nodev"}},
 		sysfs(c),
-	}
+	}...)
 	access := "ro"
 	if privileged(c.Config) || (c.Handler.CgroupWritable && ownCgroupns(c)) {
 		access = "rw"
@@ -112,9 +119,9 @@ func sysfs(c Container) specs.Mount {
 		Options: []string{"nosuid", "noexec", "nodev", access}}
 }
 
-// podFiles are the pod's /dev/shm, /etc/resolv.conf and /etc/hostname. The two
-// files are writable, as in Docker, unless the container's root is read-only.
-// /etc/hosts is kubelet's: it comes as a mount of the config.
+// podFiles are the pod's /dev/shm, /etc/resolv.conf, /etc/hostname and /etc/hosts.
+// The files are writable, as in Docker, unless the container's root is read-only.
+// kubelet brings its own /etc/hosts, as a mount of the config, which wins.
 func podFiles(c Container) []specs.Mount {
 	access := "rw"
 	if c.Config.GetLinux().GetSecurityContext().GetReadonlyRootfs() {
@@ -128,6 +135,7 @@ func podFiles(c Container) []specs.Mount {
 	for _, f := range []struct{ source, destination, access string }{
 		{shm, "/dev/shm", "rw"},
 		{c.Pod.ResolvConf, "/etc/resolv.conf", access},
+		{c.Pod.Hosts, "/etc/hosts", access},
 		{c.Pod.Hostname, "/etc/hostname", access},
 	} {
 		if f.source != "" {

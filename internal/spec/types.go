@@ -43,7 +43,7 @@ type Pod struct {
 	// Host paths of the pod's files: bind mounted into each container unless
 	// the container's config mounts something else there. Empty: no mount,
 	// except /dev/shm of a pod with the host's IPC, which is the host's.
-	Shm, ResolvConf, Hostname string
+	Shm, ResolvConf, Hostname, Hosts string
 	// CgroupParent as kubelet gave it, or the runtime's own pod cgroup.
 	CgroupParent string
 	// Labels are the SELinux process and mount label of the pod ("" without SELinux).
