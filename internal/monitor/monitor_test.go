@@ -734,3 +734,27 @@ func TestInfra(t *testing.T) {
 		}
 	}
 }
+
+// podmon is killed again and again under a flood of output, in the middle of
+// reading and writing: every line comes exactly once.
+func TestNoLineLost(t *testing.T) {
+	m := newMachine(t)
+	const lines, kills = 1500000, 12
+	id, _ := m.start(fmt.Sprintf("seq 0 %d; read x; exit 3", lines-1), func(r *monitor.StartRequest) { r.Stdin = true })
+	for range kills {
+		podmon := m.podmons()
+		if len(podmon) != 1 {
+			t.Fatalf("podmons %v", podmon)
+		}
+		must(t, syscall.Kill(podmon[0], unix.SIGKILL))
+		awaitGone(t, monitor.Process{PID: podmon[0]})
+		must(t, m.Update(t.Context(), id, &specs.LinuxResources{})) // waits for the next one
+	}
+	must(t, m.CloseStdin(t.Context(), id))
+	if e := m.exit(id); e.Code != 3 || !e.Known {
+		t.Errorf("exit %+v, want 3", e)
+	}
+	if n := checkCounting(t, m.logged(id)); n != lines {
+		t.Errorf("%d lines", n)
+	}
+}
