@@ -15,18 +15,11 @@ import (
 )
 
 // inherit gives the directories that a layer implies but does not describe the
-// owner, mode, times and xattrs they have in the layers below: an archive with
-// tmp/x and no tmp/ must not make /tmp lose its sticky bit.
-func (s *Store) inherit(ctx context.Context, st *staged) error {
-	if len(st.implied) == 0 || st.layer.parent == "" {
-		return nil
-	}
-	lowers, err := s.chainDirs(ctx, st.layer.parent.String())
-	if err != nil {
-		return err
-	}
+// owner, mode, times and xattrs they have in the layers below (lowers, topmost
+// first): an archive with tmp/x and no tmp/ must not make /tmp lose its sticky bit.
+func (st *staged) inherit(lowers []string) error {
 	for _, dir := range st.implied {
-		if err := inheritDir(st.dir, dir, lowers); err != nil {
+		if err := inheritDir(st.fs(), dir, lowers); err != nil {
 			return fmt.Errorf("take attributes of %s from the layers below: %w", dir, err)
 		}
 	}
@@ -42,7 +35,7 @@ func (s *Store) chainDirs(ctx context.Context, name string) (dirs []string, err 
 			if err != nil {
 				return fmt.Errorf("find layer %s: %w", name, err)
 			}
-			dirs = append(dirs, filepath.Join(s.cfg.Root, "snapshots", id, "fs"))
+			dirs = append(dirs, filepath.Join(s.snapshotDir(id), "fs"))
 			name = info.Parent
 		}
 		return nil

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
-	"strings"
 	"sync"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
@@ -14,16 +13,19 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// stagePrefix marks snapshots that a pull is unpacking into. Those of an earlier
-// process are garbage.
-const stagePrefix = "unpack/"
+const (
+	// stagingDir, under the root, holds what pulls are unpacking. What an earlier
+	// process left there is garbage.
+	stagingDir = "unpack"
+	// stagePrefix is that of a layer's key until its transaction's end.
+	stagePrefix = "unpack/"
+)
 
 // layers is who works on which layer and who counts on it.
 type layers struct {
 	mu   sync.Mutex
 	pins map[digest.Digest]int           // by chain ID: pulls that must find the layer
 	jobs map[digest.Digest]chan struct{} // by chain ID: closed when its unpacking has ended
-	seq  uint64                          // of staging keys
 }
 
 func newLayers() layers {
@@ -67,12 +69,10 @@ func (l *layers) begin(chain digest.Digest) (done func(), wait <-chan struct{}) 
 	}, nil
 }
 
-// stageKey is a new name for a staging area.
-func (l *layers) stageKey(chain digest.Digest) string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.seq++
-	return fmt.Sprintf("%s%d/%s", stagePrefix, l.seq, chain)
+// snapshotDir is where the overlay snapshotter has the snapshot with a number; what
+// it adds to its parent is in fs.
+func (s *Store) snapshotDir(id string) string {
+	return filepath.Join(s.cfg.Root, "snapshots", id)
 }
 
 // layerDir returns the directory that holds what the snapshot adds to its parent.
@@ -80,7 +80,7 @@ func (l *layers) stageKey(chain digest.Digest) string {
 func (s *Store) layerDir(ctx context.Context, key string) (dir string, err error) {
 	err = s.meta.WithTransaction(ctx, false, func(ctx context.Context) error {
 		id, _, _, err := storage.GetInfo(ctx, key)
-		dir = filepath.Join(s.cfg.Root, "snapshots", id, "fs")
+		dir = filepath.Join(s.snapshotDir(id), "fs")
 		return err
 	})
 	return dir, err
@@ -105,23 +105,6 @@ func (s *Store) snapshotInfos(ctx context.Context) (infos []snapshots.Info, err 
 		return nil, fmt.Errorf("list snapshots: %w", err)
 	}
 	return infos, nil
-}
-
-// dropStaged removes all staging areas; no pull is in flight.
-func (s *Store) dropStaged(ctx context.Context) error {
-	infos, err := s.snapshotInfos(ctx)
-	if err != nil {
-		return err
-	}
-	for _, i := range infos {
-		if !strings.HasPrefix(i.Name, stagePrefix) {
-			continue
-		}
-		if err := s.sn.Remove(ctx, i.Name); err != nil && !errdefs.IsNotFound(err) {
-			return fmt.Errorf("remove staging area %s: %w", i.Name, err)
-		}
-	}
-	return nil
 }
 
 // collect removes every layer that no image, no pull in flight and no other

@@ -213,21 +213,19 @@ func (s slots) take(ctx context.Context) (release func(), err error) {
 func (s *Store) fetchLayers(ctx context.Context, r *remote, layers []layer) error {
 	eg, egCtx := errgroup.WithContext(ctx)
 	slots := make(slots, s.cfg.MaxConcurrentDownloads)
-	below := make(chan struct{})
-	close(below)
-	for _, l := range layers {
+	commits := newCommitter(egCtx, s)
+	defer commits.stop()
+	for i, l := range layers {
 		release, err := slots.take(egCtx)
 		if err != nil {
 			break // eg or ctx knows why
 		}
-		f := &fetch{store: s, remote: r, layer: l, slots: slots, release: release, held: true, below: below, done: make(chan struct{})}
-		below = f.done
+		f := &fetch{store: s, remote: r, layer: l, slots: slots, release: release, held: true}
 		eg.Go(func() error {
 			defer func() { f.release() }()
-			if err := f.run(egCtx); err != nil {
+			if err := f.run(egCtx, i, commits); err != nil {
 				return fmt.Errorf("layer %s from %s: %w", l.desc.Digest, r.names, err)
 			}
-			close(f.done)
 			return nil
 		})
 	}
@@ -243,16 +241,14 @@ type fetch struct {
 	remote  *remote
 	layer   layer
 	slots   slots
-	release func()          // of the slot held, or given back already
-	held    bool            // the slot
-	below   <-chan struct{} // closed when the parent is committed
-	done    chan struct{}   // closed when this layer is
+	release func() // of the slot held, or given back already
+	held    bool   // the slot
 }
 
-// run returns when the layer is committed, by this pull or by another that has it
-// in work. Layers wait for those below them only, so pulls cannot wait for each
-// other in a circle as long as nobody waits with a slot in hand.
-func (f *fetch) run(ctx context.Context) error {
+// run returns when layer i is committed, by this pull or by another that has it in
+// work. Layers wait for those below them only, so pulls cannot wait for each other
+// in a circle as long as nobody waits with a slot in hand.
+func (f *fetch) run(ctx context.Context, i int, commits *committer) error {
 	for {
 		done, other := f.store.layers.begin(f.layer.chain)
 		if done != nil {
@@ -267,22 +263,21 @@ func (f *fetch) run(ctx context.Context) error {
 			return context.Cause(ctx)
 		}
 	}
-	if has, err := f.store.hasLayer(ctx, f.layer.chain); has || err != nil {
+	has, err := f.store.hasLayer(ctx, f.layer.chain)
+	if err != nil {
 		return err
+	}
+	if has {
+		return commits.commit(ctx, i, nil)
 	}
 	st, err := f.stage(ctx)
 	if err != nil {
 		return err
 	}
-	var undo rollback.Stack
-	undo.Push("drop staging area", func(ctx context.Context) error { return f.store.dropStage(ctx, st) })
-	select {
-	case <-f.below:
-		err = f.store.commit(ctx, st)
-	case <-ctx.Done():
-		err = context.Cause(ctx)
+	if err := commits.commit(ctx, i, st); err != nil {
+		return errors.Join(err, st.drop())
 	}
-	return undo.Settle(ctx, err)
+	return nil
 }
 
 // stage downloads and unpacks the layer, in a slot.

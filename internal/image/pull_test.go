@@ -418,7 +418,7 @@ func TestKilledPullLeavesNothingAndCanBeRetried(t *testing.T) {
 		t.Fatal(err)
 	}
 	_ = cmd.Wait()
-	if dirs, err := os.ReadDir(filepath.Join(root, "snapshots")); err != nil || len(dirs) == 0 {
+	if dirs, err := os.ReadDir(filepath.Join(root, stagingDir)); err != nil || len(dirs) == 0 {
 		t.Fatalf("the kill came too early: %v %v", dirs, err)
 	}
 	holding.Store(false)

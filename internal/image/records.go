@@ -62,7 +62,7 @@ var (
 type records struct{ db *bolt.DB }
 
 // openTimeout is how long Open waits for another process to let go of the store.
-const openTimeout = 5 * time.Second
+const openTimeout = 2 * time.Second
 
 func openRecords(path string) (*records, error) {
 	db, err := bolt.Open(path, 0o600, &bolt.Options{Timeout: openTimeout, NoStatistics: true})

@@ -8,6 +8,7 @@
 //	images.db            records of the images: names, config, manifest (bbolt)
 //	metadata.db          records of the snapshots (bbolt, containerd's metastore)
 //	snapshots/<n>/fs     one directory per layer, and per writable snapshot
+//	unpack/              layers that pulls are unpacking
 //	tmp/                 idmapped mounts of layers while a mount is being made
 //
 // Layers are containerd overlay snapshots named by chain ID. The compressed blobs
@@ -26,10 +27,11 @@
 //
 // # Never half visible
 //
-// Layers are unpacked into active snapshots under the prefix "unpack/". Each is
-// committed when its digest and diff ID are right and its parent is committed.
-// Then one syncfs brings all of it to disk, and only then one transaction writes
-// the image's record, which makes it visible. Whatever no record reaches
+// All layers of an image are unpacked at the same time, each into a directory of
+// its own. One whose digest and diff ID are right becomes a snapshot when its
+// parent is one; those that are ready together do so in one transaction. Then one
+// syncfs brings all of it to disk, and only then one transaction writes the
+// image's record, which makes it visible. Whatever no record reaches
 // is garbage: Open, Remove and failed pulls collect it. So after a crash or a
 // power cut an image is there whole or not at all, and a retry starts clean.
 //
@@ -92,8 +94,8 @@ func Open(cfg Config) (_ *Store, err error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := makeRoot(cfg.Root); err != nil {
-		return nil, err
+	if err := os.MkdirAll(cfg.Root, 0o700); err != nil {
+		return nil, fmt.Errorf("make image root: %w", err)
 	}
 	s := &Store{
 		cfg: cfg, log: cfg.Log, libLog: warningsOf(cfg.Log), index: idx, layers: newLayers(),
@@ -101,6 +103,10 @@ func Open(cfg Config) (_ *Store, err error) {
 	}
 	if s.records, err = openRecords(filepath.Join(cfg.Root, "images.db")); err != nil {
 		return nil, err
+	}
+	// The records are locked: nobody else is in here any more.
+	if err := prepareRoot(cfg.Root); err != nil {
+		return nil, errors.Join(err, s.records.close())
 	}
 	if err := s.openSnapshots(); err != nil {
 		return nil, errors.Join(err, s.records.close())
@@ -129,14 +135,18 @@ func withDefaults(cfg Config) Config {
 	return cfg
 }
 
-// makeRoot keeps the store private. A container in a user namespace needs no way
-// through it: overlayfs looks into its layers with the mounter's credentials.
-func makeRoot(root string) error {
-	if err := os.MkdirAll(root, 0o700); err != nil {
-		return fmt.Errorf("make image root: %w", err)
-	}
+// prepareRoot keeps the store private and removes what an earlier process was
+// working on. A container in a user namespace needs no way through the root:
+// overlayfs looks into its layers with the mounter's credentials.
+func prepareRoot(root string) error {
 	if err := os.Chmod(root, 0o700); err != nil {
 		return fmt.Errorf("make image root private: %w", err)
+	}
+	if err := os.RemoveAll(filepath.Join(root, stagingDir)); err != nil {
+		return fmt.Errorf("remove unfinished layers: %w", err)
+	}
+	if err := os.Mkdir(filepath.Join(root, stagingDir), 0o700); err != nil {
+		return fmt.Errorf("make staging area: %w", err)
 	}
 	// The library mounts id-mapped layers there for a moment; a crash may have
 	// left one mounted.
@@ -205,9 +215,6 @@ func (s *Store) recover(ctx context.Context) error {
 		}
 	}
 	if err := s.records.remove(drop...); err != nil {
-		return err
-	}
-	if err := s.dropStaged(ctx); err != nil {
 		return err
 	}
 	if err := s.collect(ctx); err != nil {

@@ -274,6 +274,9 @@ func assertSnapshots(t testing.TB, s *Store, want int) {
 	if err != nil || len(dirs) != want {
 		t.Errorf("%d snapshots on disk, want %d: %v %v", len(dirs), want, dirs, err)
 	}
+	if staging, err := os.ReadDir(filepath.Join(s.cfg.Root, stagingDir)); err != nil || len(staging) != 0 {
+		t.Errorf("staging area holds %v %v", staging, err)
+	}
 	s.layers.mu.Lock()
 	defer s.layers.mu.Unlock()
 	if len(s.layers.pins) != 0 || len(s.layers.jobs) != 0 {

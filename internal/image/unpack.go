@@ -11,14 +11,13 @@ import (
 	"fmt"
 	"hash"
 	"io"
+	"os"
 	"path"
+	"path/filepath"
 	"strings"
 	"syscall"
 
-	"github.com/containerd/containerd/v2/core/snapshots"
-	"github.com/containerd/containerd/v2/core/snapshots/storage"
 	"github.com/containerd/containerd/v2/pkg/archive"
-	"github.com/containerd/continuity/fs"
 	"github.com/containerd/errdefs"
 	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
@@ -43,63 +42,37 @@ const zstdMaxWindow = 128 << 20
 // staged is a layer that is unpacked and verified, not yet committed.
 type staged struct {
 	layer layer
-	key   string // of its active snapshot
-	dir   string
+	dir   string // holds fs, the layer's root directory
 	// implied are directories the layer has entries in but no entry for; they
 	// take the attributes they have in the layers below.
 	implied []string
 }
 
-// stage unpacks a layer into a snapshot of its own, without its parents, so that
+func (st *staged) fs() string { return filepath.Join(st.dir, "fs") }
+
+// drop removes what has not been committed; what has is no longer there.
+func (st *staged) drop() error { return os.RemoveAll(st.dir) }
+
+// stage unpacks a layer into a directory of its own, without its parents, so that
 // all layers of an image can be unpacked at the same time. The caller commits or
 // drops the result.
 func (s *Store) stage(ctx context.Context, l layer, blob io.Reader) (_ *staged, err error) {
-	st := &staged{layer: l, key: s.layers.stageKey(l.chain)}
-	if _, err := s.sn.Prepare(ctx, st.key, ""); err != nil {
-		return nil, fmt.Errorf("prepare snapshot: %w", err)
+	dir, err := os.MkdirTemp(filepath.Join(s.cfg.Root, stagingDir), "layer-")
+	if err != nil {
+		return nil, fmt.Errorf("make staging area: %w", err)
 	}
+	st := &staged{layer: l, dir: dir}
 	var undo rollback.Stack
 	defer func() { err = undo.Settle(ctx, err) }()
-	undo.Push("drop staging area", func(ctx context.Context) error { return s.dropStage(ctx, st) })
+	undo.Push("drop staging area", func(context.Context) error { return st.drop() })
 
-	if st.dir, err = s.layerDir(ctx, st.key); err != nil {
-		return nil, fmt.Errorf("find snapshot: %w", err)
+	if err := os.Mkdir(st.fs(), 0o755); err != nil {
+		return nil, fmt.Errorf("make staging area: %w", err)
 	}
-	if st.implied, err = unpack(ctx, st.dir, l, blob); err != nil {
+	if st.implied, err = unpack(ctx, st.fs(), l, blob); err != nil {
 		return nil, err
 	}
 	return st, nil
-}
-
-func (s *Store) dropStage(ctx context.Context, st *staged) error {
-	err := s.sn.Remove(s.quiet(ctx), st.key)
-	s.freeSoon()
-	if errdefs.IsNotFound(err) {
-		return nil
-	}
-	return err
-}
-
-// commit makes a staged layer a snapshot on top of its parent, which is committed.
-func (s *Store) commit(ctx context.Context, st *staged) error {
-	if err := s.inherit(ctx, st); err != nil {
-		return err
-	}
-	// Counted before the transaction: the library's own Commit walks the layer
-	// inside it, and every CreateContainer would wait.
-	du, err := fs.DiskUsage(ctx, st.dir)
-	if err != nil {
-		return fmt.Errorf("measure layer: %w", err)
-	}
-	err = s.meta.WithTransaction(ctx, true, func(ctx context.Context) error {
-		_, err := storage.CommitActive(ctx, st.key, st.layer.chain.String(), snapshots.Usage(du),
-			snapshots.WithParent(st.layer.parent.String()))
-		return err
-	})
-	if err != nil {
-		return fmt.Errorf("commit snapshot: %w", err)
-	}
-	return nil
 }
 
 // unpack verifies blob against the layer's size, digest and diff ID while it
