@@ -4,6 +4,8 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
+	"strings"
 
 	"github.com/containerd/containerd/v2/core/mount"
 	"golang.org/x/sys/unix"
@@ -15,11 +17,29 @@ func Mount(mounts []mount.Mount, target string) error {
 	if err := os.MkdirAll(target, 0o755); err != nil {
 		return fmt.Errorf("make mount point: %w", err)
 	}
-	if err := mount.All(mounts, target); err != nil {
-		return errors.Join(fmt.Errorf("mount snapshot on %s: %w", target, err), Unmount(target))
+	for _, m := range mounts {
+		if err := mountOne(m, target); err != nil {
+			return errors.Join(fmt.Errorf("mount snapshot on %s: %w", target, err), Unmount(target))
+		}
 	}
 	return nil
 }
+
+// mountOne mounts m. Of a read-only bind mount (the view of an image of one
+// layer) containerd's library forgets the ID mapping, so that one is mapped first
+// and made read-only then.
+func mountOne(m mount.Mount, target string) error {
+	readOnly := m.Type == "bind" && m.ReadOnly() && slices.ContainsFunc(m.Options, isIDMap)
+	if readOnly {
+		m.Options = slices.DeleteFunc(slices.Clone(m.Options), func(o string) bool { return o == "ro" })
+	}
+	if err := m.Mount(target); err != nil || !readOnly {
+		return err
+	}
+	return unix.Mount("", target, "", unix.MS_REMOUNT|unix.MS_BIND|unix.MS_RDONLY, "")
+}
+
+func isIDMap(option string) bool { return strings.HasPrefix(option, "uidmap=") }
 
 // Unmount undoes Mount, all mounts on top of each other, and leaves the directory.
 // What is not mounted, or gone, is success.

@@ -255,3 +255,30 @@ func BenchmarkPrepareRemove(b *testing.B) {
 		}
 	}
 }
+
+// An image of one layer is mounted by a bind mount, not by overlayfs.
+func TestIDMappedViewOfOneLayer(t *testing.T) {
+	ctx := context.Background()
+	s := openStore(t)
+	img := mustPull(t, s, serve(t).push(t, "one:v1", imageOf(t, layerOf(t, file("f", "x")))))
+	ids := []specs.LinuxIDMapping{{ContainerID: 0, HostID: 100_000, Size: 65536}}
+	mounts, err := s.View(ctx, "v", img, WithIDMap(ids, ids))
+	if err != nil {
+		t.Fatal(err)
+	}
+	target := filepath.Join(t.TempDir(), "view")
+	if err := Mount(mounts, target); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := Unmount(target); err != nil {
+			t.Error(err)
+		}
+	}()
+	if st := lstat(t, target, "f"); st.Uid != 100_000 {
+		t.Errorf("belongs to %d on the host", st.Uid)
+	}
+	if err := os.WriteFile(filepath.Join(target, "new"), nil, 0o644); !errors.Is(err, unix.EROFS) {
+		t.Errorf("write: %v", err)
+	}
+}
