@@ -28,12 +28,12 @@ NEED_TEST   := iptables=iptables nft=nftables ip=iproute2 busybox=busybox
 
 ##@ Build
 
+# podmon is static: it starts itself again for every container, inside the
+# container's mount namespace, and must not need a loader or libraries.
 .PHONY: build
 build: ## podshim and podmon, into bin/
 	@$(need) $(NEED_BUILD)
 	CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/podshim ./cmd/podshim
-	# Static: podmon starts itself again for every container, inside the
-	# container's mount namespace, and must not need a loader or libraries.
 	CGO_ENABLED=1 go build -trimpath -tags 'seccomp netgo osusergo' \
 		-ldflags '$(LDFLAGS) -linkmode external -extldflags -static' -o $(BIN)/podmon ./cmd/podmon
 

@@ -49,7 +49,19 @@ func (s screen) command(name string, args []string) {
 	fmt.Fprintf(s.out, "  %s %s\n", s.paint("32", "$"), line)
 }
 
+// gap is what crictl puts between the columns of a table.
+var gap = regexp.MustCompile(` {2,}`)
+
+// output prints what a command said; a table of crictl's is set closer.
 func (s screen) output(text string) {
+	if strings.HasPrefix(text, "CONTAINER ") || strings.HasPrefix(text, "POD ID ") {
+		var rows [][]string
+		for line := range strings.Lines(text) {
+			rows = append(rows, gap.Split(strings.TrimRight(line, " \n"), -1))
+		}
+		s.table(rows)
+		return
+	}
 	for line := range strings.Lines(text) {
 		line = longID.ReplaceAllString(strings.TrimRight(line, " \n"), "$1")
 		fmt.Fprintf(s.out, "    %s\n", s.paint("2", line))

@@ -152,6 +152,9 @@ func (s Scope) mounts() ([]Thing, error) {
 	}
 	var things []Thing
 	for _, m := range infos {
+		if m.Mountpoint == s.NetnsDir {
+			continue // made once, as `ip netns` does, so that pins propagate; no pod's
+		}
 		ours := s.Whole
 		for _, text := range []string{m.Mountpoint, m.Root, m.Source, m.VFSOptions} {
 			ours = ours || s.Dir != "" && strings.Contains(text, s.Dir)

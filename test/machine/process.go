@@ -72,15 +72,26 @@ func Descendants(parent int) ([]int, error) {
 }
 
 // Sweep kills every descendant of this process and collects what it adopted:
-// for the end of a run that went wrong.
+// for the end of a run that went wrong. At most 20 s.
+//
+// All are killed before any is waited for: the first process of a PID
+// namespace is gone only when everything in it has been collected.
 func Sweep() error {
-	pids, err := Descendants(unix.Getpid())
-	errs := []error{err}
-	for _, pid := range pids {
-		errs = append(errs, Kill(pid, 10*time.Second))
+	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		Reap()
+		pids, err := Descendants(unix.Getpid())
+		if err != nil || len(pids) == 0 {
+			return err
+		}
+		if time.Now().After(deadline) {
+			return fmt.Errorf("processes %v are still there 20 s after SIGKILL", pids)
+		}
+		for _, pid := range pids {
+			if err := unix.Kill(pid, unix.SIGKILL); err != nil && !errors.Is(err, unix.ESRCH) {
+				return fmt.Errorf("kill %d: %w", pid, err)
+			}
+		}
 	}
-	Reap()
-	return errors.Join(errs...)
 }
 
 // Adopt makes this process the parent of whatever its descendants orphan, so
