@@ -20,6 +20,7 @@ import (
 	"github.com/podshim/podshim/internal/rootfs"
 	"github.com/podshim/podshim/internal/sandbox"
 	"github.com/podshim/podshim/internal/spec"
+	"github.com/podshim/podshim/internal/spec/cdi"
 	"github.com/podshim/podshim/internal/state"
 )
 
@@ -161,6 +162,9 @@ func (m *Manager) build(ctx context.Context, c *Container, pod spec.Pod, handler
 		Handler:     m.Handlers[handler],
 	})
 	if err != nil {
+		return err
+	}
+	if err := cdi.Inject(oci, r.Config, cdi.Dirs); err != nil {
 		return err
 	}
 	if err := m.saveSpec(r.ID, oci); err != nil {

@@ -36,7 +36,7 @@ func (m *Manager) volumes(ctx context.Context, r *Record, root string, pod spec.
 			continue
 		}
 		source := filepath.Join(m.rootDir(r.ID), "volumes", strconv.Itoa(i))
-		if err := os.MkdirAll(filepath.Dir(source), 0o711); err != nil {
+		if err := os.MkdirAll(source, 0o711); err != nil {
 			return nil, fmt.Errorf("make volume directory: %w", err)
 		}
 		// Whatever the image holds there is the volume's first content.

@@ -2,7 +2,7 @@ package cri
 
 import (
 	"context"
-	"fmt"
+	"encoding/json"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -45,12 +45,14 @@ func (s *imageService) ImageStatus(_ context.Context, req *runtime.ImageStatusRe
 	}
 	resp := &runtime.ImageStatusResponse{Image: criImage(img)}
 	if req.GetVerbose() {
+		raw, err := s.Images.RawConfig(img.ID)
+		if err != nil {
+			return nil, err
+		}
 		resp.Info, err = info("info", struct {
-			ChainID   string `json:"chainID"`
-			ImageSpec any    `json:"imageSpec"`
-		}{img.ChainID.String(), struct {
-			Config any `json:"config"`
-		}{img.Config}})
+			ChainID   string          `json:"chainID"`
+			ImageSpec json.RawMessage `json:"imageSpec"`
+		}{img.ChainID.String(), raw})
 		if err != nil {
 			return nil, err
 		}
@@ -71,13 +73,11 @@ func (s *imageService) PullImage(ctx context.Context, req *runtime.PullImageRequ
 			IdentityToken: a.GetIdentityToken(), RegistryToken: a.GetRegistryToken(),
 		}
 	}
-	start := time.Now()
+	// The error stays as it is: kubelet looks at its beginning (cri-api errors).
 	id, err := s.Images.Pull(ctx, req.GetImage().GetImage(), auth)
 	if err != nil {
-		return nil, fmt.Errorf("pull %s: %w", req.GetImage().GetImage(), err)
+		return nil, err
 	}
-	s.Log.WithField("image", req.GetImage().GetImage()).WithField("id", id).
-		WithField("took", time.Since(start).Round(time.Millisecond)).Info("image is pulled")
 	return &runtime.PullImageResponse{ImageRef: id}, nil
 }
 
@@ -98,17 +98,25 @@ func (s *imageService) ImageFsInfo(ctx context.Context, _ *runtime.ImageFsInfoRe
 	if err != nil {
 		return nil, err
 	}
-	usage := &runtime.FilesystemUsage{
-		Timestamp:  time.Now().UnixNano(),
-		FsId:       &runtime.FilesystemIdentifier{Mountpoint: fs.Mountpoint},
-		UsedBytes:  &runtime.UInt64Value{Value: uint64(fs.Bytes)},
-		InodesUsed: &runtime.UInt64Value{Value: uint64(fs.Inodes)},
+	var ids []string
+	for _, r := range s.Containers.List() {
+		ids = append(ids, r.ID)
 	}
-	// Images and writable layers are on one filesystem.
+	layers := s.Stats.WritableLayers(ids)
+	// One filesystem has both, which kubelet sees by the mount point.
 	return &runtime.ImageFsInfoResponse{
-		ImageFilesystems:     []*runtime.FilesystemUsage{usage},
-		ContainerFilesystems: []*runtime.FilesystemUsage{usage},
+		ImageFilesystems:     []*runtime.FilesystemUsage{filesystem(fs.Mountpoint, fs.Bytes, fs.Inodes)},
+		ContainerFilesystems: []*runtime.FilesystemUsage{filesystem(fs.Mountpoint, layers.Bytes, layers.Inodes)},
 	}, nil
+}
+
+func filesystem(mountpoint string, bytes, inodes int64) *runtime.FilesystemUsage {
+	return &runtime.FilesystemUsage{
+		Timestamp:  time.Now().UnixNano(),
+		FsId:       &runtime.FilesystemIdentifier{Mountpoint: mountpoint},
+		UsedBytes:  &runtime.UInt64Value{Value: uint64(bytes)},
+		InodesUsed: &runtime.UInt64Value{Value: uint64(inodes)},
+	}
 }
 
 func criImage(img image.Image) *runtime.Image {

@@ -26,6 +26,13 @@ func (m *Manager) makeFiles(r *Record) error {
 	if err := os.MkdirAll(dir, 0o711); err != nil {
 		return fmt.Errorf("make sandbox directory: %w", err)
 	}
+	// kubelet makes its own; crictl's users expect one to be made. It stays: logs
+	// outlive the pod.
+	if logs := r.Config.GetLogDirectory(); logs != "" {
+		if err := os.MkdirAll(logs, 0o755); err != nil {
+			return fmt.Errorf("log_directory: %w", err)
+		}
+	}
 	resolv, err := resolvConf(r.Config.GetDnsConfig())
 	if err != nil {
 		return err

@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 	"unicode"
+	"unicode/utf8"
 
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 	"tags.cncf.io/container-device-interface/pkg/parser"
@@ -413,6 +414,11 @@ func validateEnvs(envs []*runtime.KeyValue) error {
 		}
 		if hasNUL(string(e.GetValue())) {
 			return invalid(field+".value", "of %s holds a NUL byte", e.GetKey())
+		}
+		// JSON carries the environment to the container's init, inside
+		// libcontainer as well, and would change other bytes silently.
+		if !utf8.Valid(e.GetValue()) {
+			return invalid(field+".value", "of %s is not UTF-8, which libcontainer cannot pass on", e.GetKey())
 		}
 	}
 	return nil

@@ -133,6 +133,7 @@ func TestValidateContainerRefuses(t *testing.T) {
 		{"working_dir", func(c *Container) { c.Config.WorkingDir = "data" }},
 		{"envs[0].key", func(c *Container) { c.Config.Envs = []*runtime.KeyValue{{Key: "A=B"}} }},
 		{"envs[0].value", func(c *Container) { c.Config.Envs = []*runtime.KeyValue{{Key: "A", Value: []byte("x\x00")}} }},
+		{"envs[0].value", func(c *Container) { c.Config.Envs = []*runtime.KeyValue{{Key: "A", Value: []byte("\xff")}} }},
 		{"mounts[0].container_path", mount(func(m *runtime.Mount) { m.ContainerPath = "data" })},
 		{"mounts[0].container_path", mount(func(m *runtime.Mount) { m.ContainerPath = "/x/.." })},
 		{"mounts[0].host_path", mount(func(m *runtime.Mount) { m.HostPath = "" })},

@@ -68,6 +68,24 @@ func (l *layers) get(ctx context.Context, id string) *runtime.FilesystemUsage {
 	return nil
 }
 
+// sum adds up the last known sizes of some layers, and has old ones measured
+// anew meanwhile; it waits for none.
+func (l *layers) sum(ids []string) Disk {
+	var total Disk
+	for _, id := range ids {
+		l.refresh(id)
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, id := range ids {
+		if one := l.byID[id]; one != nil && one.last != nil {
+			total.Bytes += int64(one.last.GetUsedBytes().GetValue())
+			total.Inodes += int64(one.last.GetInodesUsed().GetValue())
+		}
+	}
+	return total
+}
+
 // refresh starts a measurement if the last one is old, and gives the channel
 // that its end closes; nil when there is nothing to wait for.
 func (l *layers) refresh(id string) chan struct{} {

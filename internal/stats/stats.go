@@ -96,6 +96,15 @@ func (c *Collector) Forget(id string) {
 	}
 }
 
+// WritableLayers is what the layers of these containers take together, as last
+// measured; those never measured count nothing yet.
+func (c *Collector) WritableLayers(ids []string) Disk {
+	if c.layers == nil {
+		return Disk{}
+	}
+	return c.layers.sum(ids)
+}
+
 // ContainerInput says which container to measure.
 type ContainerInput struct {
 	ID string
