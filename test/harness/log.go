@@ -96,28 +96,34 @@ func (c *Container) WaitLog(text string) {
 	}
 }
 
-// WaitFile returns when a file's content is as wanted; it is told of changes by
-// inotify on the directory, which must exist.
+// WaitFile returns when a file's content is as wanted; its directory must exist.
 func WaitFile(path string, wanted func(content string) bool) error {
+	return waitDir(filepath.Dir(path), func() bool {
+		data, err := os.ReadFile(path)
+		return err == nil && wanted(string(data))
+	}, Limit)
+}
+
+// waitDir returns when done answers true; it asks whenever inotify tells of a
+// change in the directory.
+func waitDir(dir string, done func() bool, limit time.Duration) error {
 	watch, err := fsnotify.NewWatcher()
 	if err != nil {
 		return err
 	}
 	defer watch.Close()
-	if err := watch.Add(filepath.Dir(path)); err != nil {
+	if err := watch.Add(dir); err != nil {
 		return err
 	}
-	limit := time.After(Limit)
-	for {
-		if data, err := os.ReadFile(path); err == nil && wanted(string(data)) {
-			return nil
-		}
+	end := time.After(limit)
+	for !done() {
 		select {
 		case <-watch.Events:
 		case err := <-watch.Errors:
 			return err
-		case <-limit:
-			return fmt.Errorf("not within %v", Limit)
+		case <-end:
+			return fmt.Errorf("not within %v", limit)
 		}
 	}
+	return nil
 }

@@ -85,6 +85,11 @@ func (p Process) Alive() bool {
 	return err == nil && now.StartTime == p.StartTime && now.State != "Z"
 }
 
+// initsZombie tells a dead process that init has inherited: one of the host's PID
+// namespace whose parent was killed with it. It holds nothing any more, and how
+// soon init reaps it is not podshim's.
+func (p Process) initsZombie() bool { return p.State == "Z" && p.Parent == 1 }
+
 // Namespace is the identity of one of the process's namespaces, such as
 // "net:[4026531840]".
 func (p Process) Namespace(kind string) string {

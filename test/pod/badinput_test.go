@@ -194,11 +194,14 @@ func (s *scene) containerCases() []badCase {
 		return create(name, code, word, security(edit))
 	}
 	limited := func(name, word string, r *cri.LinuxContainerResources) badCase {
-		return create(name, invalid, word, resources(r))
+		return create(name, invalid+"|"+notNow, word, resources(r))
 	}
 	in := func(pod string) *cri.CreateContainerRequest {
 		r := request(func(*cri.ContainerConfig) {})
 		r.PodSandboxId = pod
+		if pod == s.gone.ID {
+			r.SandboxConfig = s.gone.Config
+		}
 		return r
 	}
 	return []badCase{
@@ -280,7 +283,6 @@ func (s *scene) lifeCases() []badCase {
 	return []badCase{
 		bad("start nothing", invalid, "container_id", r.StartContainer, &cri.StartContainerRequest{}),
 		bad("start the unknown", notFound, unknown, r.StartContainer, &cri.StartContainerRequest{ContainerId: unknown}),
-		bad("start the running", notNow, "running", r.StartContainer, &cri.StartContainerRequest{ContainerId: s.running.ID}),
 		bad("start the exited", notNow, "exited", r.StartContainer, &cri.StartContainerRequest{ContainerId: s.exited.ID}),
 		bad("stop nothing", invalid, "container_id", r.StopContainer, &cri.StopContainerRequest{}),
 		bad("remove nothing", invalid, "container_id", r.RemoveContainer, &cri.RemoveContainerRequest{}),
@@ -322,12 +324,12 @@ func (s *scene) streamCases() []badCase {
 		bad("exec in the exited", notNow, "running", r.Exec, exec(func(q *cri.ExecRequest) { q.ContainerId = s.exited.ID })),
 		bad("exec of nothing", invalid, "cmd", r.Exec, exec(func(q *cri.ExecRequest) { q.Cmd = nil })),
 		bad("exec without streams", invalid, "stdout", r.Exec, exec(func(q *cri.ExecRequest) { q.Stdout = false })),
-		bad("exec with terminal and stderr", invalid, "tty", r.Exec, exec(func(q *cri.ExecRequest) { q.Tty, q.Stderr = true, true })),
+		bad("exec with terminal and stderr", invalid, "terminal", r.Exec, exec(func(q *cri.ExecRequest) { q.Tty, q.Stderr = true, true })),
 		bad("attach to nothing", invalid, "container_id", r.Attach, attach(func(q *cri.AttachRequest) { q.ContainerId = "" })),
 		bad("attach to the unknown", notFound, unknown, r.Attach, attach(func(q *cri.AttachRequest) { q.ContainerId = unknown })),
 		bad("attach to the exited", notNow, "running", r.Attach, attach(func(q *cri.AttachRequest) { q.ContainerId = s.exited.ID })),
 		bad("attach without streams", invalid, "stdout", r.Attach, attach(func(q *cri.AttachRequest) { q.Stdout = false })),
-		bad("attach with terminal and stderr", invalid, "tty", r.Attach, attach(func(q *cri.AttachRequest) { q.Tty, q.Stderr = true, true })),
+		bad("attach with terminal and stderr", invalid, "terminal", r.Attach, attach(func(q *cri.AttachRequest) { q.Tty, q.Stderr = true, true })),
 		bad("forward to nothing", invalid, "pod_sandbox_id", r.PortForward, &cri.PortForwardRequest{Port: []int32{80}}),
 		bad("forward to the unknown", notFound, unknown, r.PortForward, &cri.PortForwardRequest{PodSandboxId: unknown, Port: []int32{80}}),
 		bad("forward to the stopped", notNow, "ready", r.PortForward, &cri.PortForwardRequest{PodSandboxId: s.gone.ID, Port: []int32{80}}),
@@ -409,6 +411,8 @@ func TestBadRegistries(t *testing.T) {
 			n := n.With(t)
 			server := httptest.NewServer(tc.answer)
 			defer server.Close()
+			// A pull may go on for a while for the sake of a retry.
+			defer server.CloseClientConnections()
 			host := fmt.Sprintf("bad%d.test", i)
 			if err := n.WriteHosts(host, server.URL); err != nil {
 				t.Fatal(err)

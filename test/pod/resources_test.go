@@ -32,7 +32,7 @@ func TestStatesAreApart(t *testing.T) {
 		{done, cri.ContainerState_CONTAINER_EXITED, 0, "Completed"},
 		{running, cri.ContainerState_CONTAINER_RUNNING, 0, ""},
 		{created, cri.ContainerState_CONTAINER_CREATED, 0, ""},
-		{missing, cri.ContainerState_CONTAINER_EXITED, 127, "StartError"},
+		{missing, cri.ContainerState_CONTAINER_EXITED, 128, "StartError"},
 	}
 	for _, c := range []*harness.Container{crashed, done} {
 		c.WaitExit()

@@ -118,6 +118,20 @@ func TestRetriesJoin(t *testing.T) {
 	}
 }
 
+// Starting what runs already is the retry of a start whose answer was lost.
+func TestStartTwice(t *testing.T) {
+	n, p := start(t)
+	c := p.Run(sleeper)
+	c.WaitLog("ready")
+	first := c.Process()
+	if _, err := n.Runtime.StartContainer(n.Context(), &cri.StartContainerRequest{ContainerId: c.ID}); err != nil {
+		t.Errorf("start again: %v", err)
+	}
+	if again := c.Process(); again.PID != first.PID || !first.Alive() {
+		t.Errorf("process was %v, is %v", first, again)
+	}
+}
+
 // atOnce calls f several times at once; every call must succeed.
 func atOnce(times int, f func() (string, error), t *testing.T) []string {
 	t.Helper()
