@@ -142,6 +142,10 @@ func newDaemon(opts Options) (*daemon, error) {
 	d.Socket = d.RunDir + "/podshim.sock"
 	d.Bridge = "pst" + strings.TrimPrefix(d.Name, "pst-")
 	d.PodsCgroup, d.OwnCgroup = "/"+d.Name+"/pods", "/"+d.Name+"/own"
+	// The root of a user namespace must get through to what podshim gives it.
+	if err := os.Chmod(dir, 0o711); err != nil {
+		return d, err
+	}
 	return d, d.prepare()
 }
 

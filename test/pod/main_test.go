@@ -13,6 +13,8 @@
 //	image_test.go      images
 //	restart_test.go    the daemon's plain restart and kill
 //	retry_test.go      repeated and retried calls
+//	userns_test.go     P2: the pod's user namespace
+//	node_test.go       readiness, handlers, what crictl shows
 //	badinput_test.go   every RPC with input that makes no sense
 //
 // Root is needed; see package harness for what else.

@@ -1,0 +1,173 @@
+package pod
+
+import (
+	"bytes"
+	"encoding/json"
+	"os"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/podshim/podshim/test/harness"
+)
+
+// The network is ready when there is a CNI configuration: it appears, vanishes and
+// comes back without a restart. Host network pods need none.
+func TestNetworkReadiness(t *testing.T) {
+	harness.NeedRoot(t)
+	t.Parallel()
+	n := harness.Start(t, harness.Options{NoNetwork: true})
+	conf := n.PodConfig()
+	for range 2 {
+		waitNetwork(t, n, false)
+		_, err := n.Runtime.RunPodSandbox(n.Context(), &cri.RunPodSandboxRequest{Config: conf})
+		if err == nil || !strings.Contains(err.Error(), n.CNIConf) {
+			t.Errorf("a pod without a network: %v; want an error that names %s", err, n.CNIConf)
+		}
+		n.RunPod(podNamespaces(&cri.NamespaceOption{Network: cri.NamespaceMode_NODE, Pid: cri.NamespaceMode_CONTAINER}))
+		if err := n.WriteNetwork(); err != nil {
+			t.Fatal(err)
+		}
+		waitNetwork(t, n, true)
+		// What could not run without a network runs now, under the same name.
+		p := n.RunConfig(conf, "")
+		if p.Status().GetNetwork().GetIp() == "" {
+			t.Error("pod has no IP")
+		}
+		if err := p.StopAndRemove(); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Remove(n.CNIConf + "/10-test.conflist"); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// waitNetwork waits for the condition, as kubelet does: by asking.
+func waitNetwork(t *testing.T, n *harness.Node, ready bool) {
+	t.Helper()
+	var last *cri.RuntimeCondition
+	if !eventually(func() bool {
+		s, err := n.Runtime.Status(n.Context(), &cri.StatusRequest{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, c := range s.Status.Conditions {
+			if c.Type == "RuntimeReady" && !c.Status {
+				t.Errorf("runtime is not ready: %v", c)
+			}
+			if c.Type == "NetworkReady" {
+				last = c
+			}
+		}
+		return last.GetStatus() == ready
+	}) {
+		t.Fatalf("network condition stays %v", last)
+	}
+	if !ready && (last.Reason == "" || !strings.Contains(last.Message, n.CNIConf)) {
+		t.Errorf("condition does not say why and where: %v", last)
+	}
+}
+
+// What kubelet asks first.
+func TestNodeAnswers(t *testing.T) {
+	n := harness.Shared(t)
+	t.Parallel()
+	v, err := n.Runtime.Version(n.Context(), &cri.VersionRequest{Version: "0.1.0"})
+	if err != nil || v.RuntimeName != "podshim" || v.RuntimeApiVersion != "v1" || v.RuntimeVersion == "" {
+		t.Errorf("version: %v, %v", v, err)
+	}
+	c, err := n.Runtime.RuntimeConfig(n.Context(), &cri.RuntimeConfigRequest{})
+	if err != nil || c.GetLinux().GetCgroupDriver() != cri.CgroupDriver_CGROUPFS {
+		t.Errorf("runtime config: %v, %v", c, err)
+	}
+	s, err := n.Runtime.Status(n.Context(), &cri.StatusRequest{Verbose: true})
+	if err != nil || len(s.Info) == 0 {
+		t.Fatalf("verbose status: %v, %v", s, err)
+	}
+	for key, value := range s.Info {
+		if !json.Valid([]byte(value)) && strings.HasPrefix(value, "{") {
+			t.Errorf("info %s is no JSON: %s", key, value)
+		}
+	}
+	info, err := os.Stat(n.Socket)
+	if err != nil || info.Mode().Perm() != 0o660 || info.Mode()&os.ModeSocket == 0 {
+		t.Errorf("socket is %v, %v", info.Mode(), err)
+	}
+	var st unix.Stat_t
+	if err := unix.Stat(n.Root+"/images", &st); err == nil && st.Mode&0o007 != 0 && st.Mode&0o007 != 0o001 {
+		t.Errorf("image store is %o", st.Mode)
+	}
+}
+
+// A runtime handler of the configuration selects its settings; the default one
+// stays as it is.
+func TestRuntimeHandler(t *testing.T) {
+	harness.NeedRoot(t)
+	t.Parallel()
+	n := harness.Start(t, harness.Options{Config: "[runtime.handlers.few-files]\nnofile_soft = 77\nnofile_hard = 88\n"})
+	few := n.RunConfig(n.PodConfig(), "few-files").Run(sleeper)
+	few.WaitLog("ready")
+	if limits := few.Process().Read("limits"); !strings.Contains(strings.Join(strings.Fields(limits), " "), "Max open files 77 88") {
+		t.Errorf("limits are\n%s", limits)
+	}
+	plain := n.RunPod().Run(sleeper)
+	plain.WaitLog("ready")
+	if limits := plain.Process().Read("limits"); strings.Contains(strings.Join(strings.Fields(limits), " "), "Max open files 77 88") {
+		t.Error("the default handler has the other's limits")
+	}
+	s, err := n.Runtime.Status(n.Context(), &cri.StatusRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var names []string
+	for _, h := range s.RuntimeHandlers {
+		names = append(names, h.Name)
+	}
+	if joined := "|" + strings.Join(names, "|") + "|"; !strings.Contains(joined, "|few-files|") || !strings.Contains(joined, "||") {
+		t.Errorf("kubelet is told of handlers %q", names)
+	}
+}
+
+// What an operator types.
+func TestCrictl(t *testing.T) {
+	n := harness.Start(t, harness.Options{})
+	p := n.RunPod()
+	c := p.Shell("echo a line in the log; sleep 100000")
+	c.WaitLog("a line in the log")
+	cases := []struct {
+		args string
+		want string
+	}{
+		{"version", "podshim"},
+		{"info", "NetworkReady"},
+		{"pods", p.ID[:13]},
+		{"ps -a", c.ID[:13]},
+		{"ps -q", c.ID},
+		{"images", harness.RegistryHost + "/busybox"},
+		{"imagefsinfo", "usedBytes"},
+		{"inspect " + c.ID, c.Config.Metadata.Name},
+		{"inspectp " + p.ID, p.Config.Metadata.Uid},
+		{"inspecti " + harness.Busybox, "sha256:"},
+		{"stats " + c.ID, c.ID[:13]},
+		{"statsp " + p.ID, p.ID[:13]},
+		{"logs " + c.ID, "a line in the log"},
+		{"exec " + c.ID + " hostname", p.Config.Hostname},
+		{"update --cpu-share 300 " + c.ID, c.ID},
+		{"stop " + c.ID, c.ID},
+		{"rm " + c.ID, c.ID},
+		{"rmp -f " + p.ID, p.ID},
+		{"rmi " + harness.Busybox, "busybox"},
+		{"pods -q", ""},
+		{"ps -aq", ""},
+		{"images -q", ""},
+	}
+	for _, tc := range cases {
+		stdout, stderr, err := output(t, n.Crictl(strings.Fields(tc.args)...), nil)
+		if err != nil || !strings.Contains(stdout, tc.want) || tc.want == "" && len(bytes.TrimSpace([]byte(stdout))) != 0 {
+			t.Errorf("crictl %s: %v, want %q\n%s%s", tc.args, err, tc.want, stdout, stderr)
+		}
+	}
+}
