@@ -147,7 +147,7 @@ func (l *link) request(ctx context.Context, op string, body, result any) error {
 		return err
 	}
 	defer m.Close()
-	if result == nil {
+	if result == nil || len(m.Body) == 0 {
 		return nil
 	}
 	return wire.Decode(m.Body, result)

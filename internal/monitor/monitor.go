@@ -274,15 +274,20 @@ func (m *Monitor) route(ctx context.Context, id string) (*link, error) {
 	}
 }
 
-// do sends a request that may safely be sent twice, and sends it again when its
-// podmon is lost.
+// do is ask without a result.
 func (m *Monitor) do(ctx context.Context, id, op string, body any) error {
+	return m.ask(ctx, id, op, body, nil)
+}
+
+// ask sends a request that may safely be sent twice, and sends it again when its
+// podmon is lost.
+func (m *Monitor) ask(ctx context.Context, id, op string, body, result any) error {
 	for {
 		l, err := m.route(ctx, id)
 		if err != nil {
 			return err
 		}
-		err = l.request(ctx, op, body, nil)
+		err = l.request(ctx, op, body, result)
 		if !errors.Is(err, errLost) {
 			return err
 		}
@@ -311,21 +316,26 @@ func (m *Monitor) Signal(ctx context.Context, id string, sig syscall.Signal, all
 // the never started, is success. It returns after the exit event, if there is
 // still one to come, is queued.
 func (m *Monitor) Delete(ctx context.Context, id string) error {
-	if err := m.do(ctx, id, wire.OpDelete, wire.Ref{ID: id}); err != nil {
+	var status Status
+	if err := m.ask(ctx, id, wire.OpDelete, wire.Ref{ID: id}, &status); err != nil {
 		return fmt.Errorf("delete %s: %w", id, err)
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if h := m.held[id]; h != nil {
+		if status.Exit != nil {
+			m.exited(h, Event{ID: id, Exit: *status.Exit})
+		}
 		h.close()
 		delete(m.held, id)
 	}
 	return nil
 }
 
-// Attach copies output until the container ends, the reader goes away, podmon
-// is replaced (Unavailable) or ctx ends. The files stay the caller's, who closes
-// them at once after the call began to have any effect: podmon has duplicates.
+// Attach copies output until the container ends, the reader is cut off, podmon is
+// lost or replaced (Unavailable: attach again), or ctx ends (then its error). The caller closes the
+// files when it has returned; that is the reader's end of file. A reader that
+// goes away is noticed with the next output, so the caller ends ctx then.
 func (m *Monitor) Attach(ctx context.Context, r AttachRequest) error {
 	if err := m.known(r.ContainerID); err != nil {
 		return err
@@ -340,7 +350,17 @@ func (m *Monitor) Attach(ctx context.Context, r AttachRequest) error {
 	if err != nil {
 		return fmt.Errorf("attach: %w", err)
 	}
-	answer.Close()
+	defer answer.Close()
+	var attached wire.Attached
+	if err := wire.Decode(answer.Body, &attached); err != nil {
+		return err
+	}
+	if r.Attached != nil {
+		r.Attached()
+	}
+	if err := l.request(ctx, wire.OpAttachWait, attached, nil); err != nil {
+		return fmt.Errorf("attach: %w", err)
+	}
 	return nil
 }
 

@@ -398,19 +398,18 @@ func TestAttach(t *testing.T) {
 	id, _ := m.start("read x; echo out $x; echo err $x >&2; read x; exit 0", func(r *monitor.StartRequest) { r.Stdin = true })
 	stdout, stderr := newPipe(t), newPipe(t)
 	slow := newPipe(t) // nobody reads it
-	done := make(chan error, 2)
+	done, attached := make(chan error, 2), make(chan struct{})
 	go func() {
-		done <- m.Attach(t.Context(), monitor.AttachRequest{ContainerID: id, Stdout: stdout.w, Stderr: stderr.w})
+		done <- m.Attach(t.Context(), monitor.AttachRequest{
+			ContainerID: id, Stdout: stdout.w, Stderr: stderr.w, Attached: func() { close(attached) },
+		})
 		stdout.w.Close()
 		stderr.w.Close()
 	}()
 	in, err := m.Stdin(id)
 	must(t, err)
 	defer in.Close()
-	// An attachment has no answer until it ends; a request behind it on the same
-	// connection is answered when it has been read, which is close enough here.
-	must(t, m.ReopenLog(t.Context(), id))
-	time.Sleep(20 * time.Millisecond)
+	<-attached
 	_, err = io.WriteString(in, "1\n")
 	must(t, err)
 	line, err := bufio.NewReader(stdout.r).ReadString('\n')
@@ -422,8 +421,9 @@ func TestAttach(t *testing.T) {
 		t.Errorf("attached stderr %q, %v", line, err)
 	}
 	ctx, cancel := context.WithCancel(t.Context())
-	go func() { done <- m.Attach(ctx, monitor.AttachRequest{ContainerID: id, Stdout: slow.w}) }()
-	cancel()
+	go func() {
+		done <- m.Attach(ctx, monitor.AttachRequest{ContainerID: id, Stdout: slow.w, Attached: cancel})
+	}()
 	if err := <-done; !errors.Is(err, context.Canceled) {
 		t.Errorf("cancelled attach: %v", err)
 	}
@@ -440,12 +440,16 @@ func TestAttachSlowReader(t *testing.T) {
 	m := newMachine(t)
 	id, _ := m.start("read x; seq 1 400000; exit 0", func(r *monitor.StartRequest) { r.Stdin = true })
 	slow := newPipe(t)
-	done := make(chan error, 1)
-	go func() { done <- m.Attach(t.Context(), monitor.AttachRequest{ContainerID: id, Stdout: slow.w}) }()
+	done, attached := make(chan error, 1), make(chan struct{})
+	go func() {
+		done <- m.Attach(t.Context(), monitor.AttachRequest{
+			ContainerID: id, Stdout: slow.w, Attached: func() { close(attached) },
+		})
+	}()
 	in, err := m.Stdin(id)
 	must(t, err)
 	defer in.Close()
-	time.Sleep(20 * time.Millisecond)
+	<-attached
 	_, err = io.WriteString(in, "\n")
 	must(t, err)
 	if e := m.exit(id); e.Code != 0 {
@@ -662,7 +666,18 @@ func TestUpgrade(t *testing.T) {
 	id, p := m.start("trap 'exit 33' TERM; i=0; while :; do echo $i; i=$((i+1)); done")
 	m.awaitLog(id, " 100\n")
 	old := m.podmons()
+	live, done, attached := newPipe(t), make(chan error, 1), make(chan struct{})
+	go func() { _, _ = io.Copy(io.Discard, live.r) }()
+	go func() {
+		done <- m.Attach(t.Context(), monitor.AttachRequest{
+			ContainerID: id, Stdout: live.w, Attached: func() { close(attached) },
+		})
+	}()
+	<-attached
 	must(t, m.Upgrade(t.Context()))
+	if err := <-done; !errdefs.IsUnavailable(err) {
+		t.Errorf("attachment ended with %v", err)
+	}
 	awaitGone(t, monitor.Process{PID: old[0]})
 	must(t, m.ReopenLog(t.Context(), id))
 	if again := m.podmons(); len(again) != 1 || again[0] == old[0] {

@@ -304,7 +304,7 @@ func (m *Monitor) giveUp(id string, h *held, cause error) {
 // containers. Running containers move to it without a stall of more than
 // milliseconds; where the kernel could not tell their exit codes to the new podmon
 // (before Linux 6.15) they stay with the old one until they end.
-func (m *Monitor) Upgrade(ctx context.Context) error {
+func (m *Monitor) Upgrade(ctx context.Context) (err error) {
 	m.upgrading.Lock()
 	defer m.upgrading.Unlock()
 	m.mu.Lock()
@@ -318,15 +318,16 @@ func (m *Monitor) Upgrade(ctx context.Context) error {
 	}
 	if old.ExitInfo {
 		for _, id := range m.heldBy(old) {
-			if err := m.move(ctx, old, id); err != nil {
-				return fmt.Errorf("upgrade: move %s: %w", id, err)
+			if merr := m.move(ctx, old, id); merr != nil {
+				err = errors.Join(err, fmt.Errorf("upgrade: move %s: %w", id, merr))
 			}
 		}
 	}
-	if err := old.request(ctx, wire.OpRetire, struct{}{}, nil); err != nil && !errors.Is(err, errLost) {
-		return fmt.Errorf("upgrade: retire the old podmon: %w", err)
+	// It ends when nothing is left with it, which may be later.
+	if rerr := old.request(ctx, wire.OpRetire, struct{}{}, nil); rerr != nil && !errors.Is(rerr, errLost) {
+		err = errors.Join(err, fmt.Errorf("upgrade: retire the old podmon: %w", rerr))
 	}
-	return nil
+	return err
 }
 
 // move hands one container from a living podmon to the current one.

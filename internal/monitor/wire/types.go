@@ -78,6 +78,14 @@ type AttachRequest struct {
 	ContainerID string   `json:"container_id"`
 	Stdout      *os.File `json:"-"` // terminal output too
 	Stderr      *os.File `json:"-"`
+	// Attached, if set, is called when everything that the container writes from
+	// then on will be copied: the moment to send it input.
+	Attached func() `json:"-"`
+}
+
+// Attached names an attachment of this connection.
+type Attached struct {
+	Attachment uint64 `json:"attachment"`
 }
 
 // Names of the descriptors that travel with a message (Message.Files).

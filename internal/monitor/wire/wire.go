@@ -22,13 +22,15 @@
 //	  | 3 exec ExecRequest + stdin,stdout.. ->  |
 //	  |  <-            3 ExecStarted + console  |
 //	  | 4 exec-wait ExecRef                 ->  |
-//	  | 5 attach Ref + stdout,stderr        ->  |   (4 and 5 stay open)
+//	  | 5 attach Ref + stdout,stderr        ->  |
+//	  |  <-                         5 Attached  |
+//	  | 6 attach-wait Attached              ->  |   (4 and 6 stay open)
 //	  |  <-                             4 Exit  |
-//	  | 5 cancel                            ->  |
-//	  |  <-                             5 {}    |
-//	  |  <-                 0 exit Event        |
-//	  | 6 delete Ref                        ->  |
+//	  | 6 cancel                            ->  |
 //	  |  <-                             6 {}    |
+//	  |  <-                 0 exit Event        |
+//	  | 7 delete Ref                        ->  |
+//	  |  <-                           7 Status  |
 //
 // What a connection started dies with it where it has no life of its own:
 // execs are killed, attachments end. Containers stay.
@@ -70,11 +72,12 @@ const (
 	OpStart      = "start"       // StartRequest -> Process + files
 	OpHandles    = "handles"     // Ref -> {} + files as start gave them
 	OpSignal     = "signal"      // Signal -> {}
-	OpDelete     = "delete"      // Ref -> {}
+	OpDelete     = "delete"      // Ref -> Status with its exit; {} when there was nothing
 	OpExec       = "exec"        // ExecRequest + files -> ExecStarted + console
 	OpExecWait   = "exec-wait"   // ExecRef -> Exit, when it has ended
 	OpExecKill   = "exec-kill"   // ExecRef -> {}
-	OpAttach     = "attach"      // Ref + files -> {}, when it has ended
+	OpAttach     = "attach"      // Ref + files -> Attached
+	OpAttachWait = "attach-wait" // Attached -> {}, when it has ended; cancel ends it
 	OpCloseStdin = "close-stdin" // Ref -> {}
 	OpReopenLog  = "reopen-log"  // Ref -> {}
 	OpUpdate     = "update"      // Update -> {}

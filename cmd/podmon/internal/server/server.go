@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/podshim/podshim/cmd/podmon/internal/container"
+	"github.com/podshim/podshim/cmd/podmon/internal/stdio"
 	"github.com/podshim/podshim/internal/monitor/wire"
 )
 
@@ -111,17 +112,19 @@ type session struct {
 	s    *Server
 	conn *wire.Conn
 
-	mu       sync.Mutex
-	cancels  map[uint64]context.CancelFunc
-	execs    map[uint64]*container.Exec
-	lastExec uint64
-	closed   bool
+	mu          sync.Mutex
+	cancels     map[uint64]context.CancelFunc
+	execs       map[uint64]*container.Exec
+	attachments map[uint64]*stdio.Attachment
+	last        uint64 // of execs and attachments
+	closed      bool
 }
 
 func (s *Server) serve(conn *wire.Conn) {
 	ss := &session{
 		s: s, conn: conn,
 		cancels: map[uint64]context.CancelFunc{}, execs: map[uint64]*container.Exec{},
+		attachments: map[uint64]*stdio.Attachment{},
 	}
 	s.mu.Lock()
 	s.sessions[ss] = struct{}{}
@@ -175,11 +178,14 @@ func (ss *session) cancel(id uint64) {
 	}
 }
 
-// end kills the execs of the session.
+// end kills the execs of the session and ends its attachments.
 func (ss *session) end() {
 	ss.mu.Lock()
 	defer ss.mu.Unlock()
 	ss.closed = true
+	for _, a := range ss.attachments {
+		a.Close()
+	}
 	for _, e := range ss.execs {
 		if err := e.Kill(unix.SIGKILL); err != nil {
 			logrus.WithError(err).WithField("pid", e.Process.PID).Warn("kill exec")
@@ -230,6 +236,7 @@ var handlers = map[string]handler{
 	wire.OpExecWait:   (*session).execWait,
 	wire.OpExecKill:   (*session).execKill,
 	wire.OpAttach:     (*session).attach,
+	wire.OpAttachWait: (*session).attachWait,
 	wire.OpCloseStdin: (*session).closeStdin,
 	wire.OpReopenLog:  (*session).reopenLog,
 	wire.OpUpdate:     (*session).update,
@@ -297,7 +304,10 @@ func (ss *session) delete(ctx context.Context, req, _ *wire.Message) (any, error
 		}
 		return nil, err
 	}
-	return nil, c.Delete(ctx)
+	if err := c.Delete(ctx); err != nil {
+		return nil, err
+	}
+	return c.Status(), nil
 }
 
 func (ss *session) exec(ctx context.Context, req, answer *wire.Message) (any, error) {
@@ -339,12 +349,12 @@ func closeAll(files ...*os.File) {
 func (ss *session) hold(e *container.Exec) uint64 {
 	ss.mu.Lock()
 	defer ss.mu.Unlock()
-	ss.lastExec++
-	ss.execs[ss.lastExec] = e
+	ss.last++
+	ss.execs[ss.last] = e
 	if ss.closed {
 		_ = e.Kill(unix.SIGKILL)
 	}
-	return ss.lastExec
+	return ss.last
 }
 
 func (ss *session) execOf(req *wire.Message) (*container.Exec, wire.ExecRef, error) {
@@ -404,7 +414,34 @@ func (ss *session) attach(ctx context.Context, req, _ *wire.Message) (any, error
 		closeAll(stdout)
 		return nil, err
 	}
-	c.Output().Attach(ctx, stdout, stderr)
+	a := c.Output().Attach(stdout, stderr)
+	ss.mu.Lock()
+	defer ss.mu.Unlock()
+	ss.last++
+	ss.attachments[ss.last] = a
+	if ss.closed {
+		a.Close()
+	}
+	return wire.Attached{Attachment: ss.last}, nil
+}
+
+// attachWait answers when the attachment has ended; cancelling it ends it.
+func (ss *session) attachWait(ctx context.Context, req, _ *wire.Message) (any, error) {
+	var r wire.Attached
+	if err := wire.Decode(req.Body, &r); err != nil {
+		return nil, err
+	}
+	ss.mu.Lock()
+	a := ss.attachments[r.Attachment]
+	delete(ss.attachments, r.Attachment)
+	ss.mu.Unlock()
+	if a == nil {
+		return nil, wire.Errorf(wire.ClassNotFound, "attachment %d is not here", r.Attachment)
+	}
+	a.Wait(ctx)
+	if a.Moved() {
+		return nil, wire.Errorf(wire.ClassUnavailable, "another podmon has the container; attach again")
+	}
 	return nil, nil
 }
 

@@ -11,6 +11,7 @@ const attachLimit = 1 << 20
 
 // Attachment is one reader of a container's live output.
 type Attachment struct {
+	o     *Output
 	sinks map[string]*sink
 	wg    sync.WaitGroup
 }
@@ -26,8 +27,8 @@ type sink struct {
 }
 
 // newAttachment owns the files; nil ones are streams that nobody wants.
-func newAttachment(stdout, stderr *os.File) *Attachment {
-	a := &Attachment{sinks: map[string]*sink{}}
+func newAttachment(o *Output, stdout, stderr *os.File) *Attachment {
+	a := &Attachment{o: o, sinks: map[string]*sink{}}
 	for name, f := range map[string]*os.File{"stdout": stdout, "stderr": stderr} {
 		if f == nil {
 			continue
@@ -70,16 +71,26 @@ func (a *Attachment) finish() {
 	}
 }
 
-// Wait returns when the output has ended, the reader has gone or ctx is done.
+// Wait returns when the output has ended, the reader has gone, or ctx is done,
+// which ends the attachment.
 func (a *Attachment) Wait(ctx context.Context) {
-	stop := context.AfterFunc(ctx, func() {
-		a.finish()
-		for _, s := range a.sinks {
-			s.f.Close()
-		}
-	})
+	stop := context.AfterFunc(ctx, a.Close)
 	defer stop()
 	a.wg.Wait()
+	a.o.mu.Lock()
+	defer a.o.mu.Unlock()
+	delete(a.o.attached, a)
+}
+
+// Moved tells that the attachment has ended because another podmon has the output.
+func (a *Attachment) Moved() bool { return a.o.Moved() }
+
+// Close ends the attachment at once.
+func (a *Attachment) Close() {
+	a.finish()
+	for _, s := range a.sinks {
+		s.f.Close() // also ends a write underway
+	}
 }
 
 func (s *sink) run() {

@@ -10,13 +10,13 @@
 package stdio
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/sirupsen/logrus"
@@ -46,6 +46,7 @@ type Output struct {
 
 	streams []*stream
 	readers sync.WaitGroup
+	moved   atomic.Bool
 }
 
 type stream struct {
@@ -297,21 +298,18 @@ func (o *Output) tee(stream string, p []byte) {
 	}
 }
 
-// Attach copies the output from now on to the files until it ends, nobody reads
-// them any more or ctx is done. It owns the files.
-func (o *Output) Attach(ctx context.Context, stdout, stderr *os.File) {
+// Attach copies the output from now on to the files, which it owns, until the
+// output ends or nobody reads them any more. The caller must Wait for it.
+func (o *Output) Attach(stdout, stderr *os.File) *Attachment {
 	o.mu.Lock()
-	a := newAttachment(stdout, stderr)
+	defer o.mu.Unlock()
+	a := newAttachment(o, stdout, stderr)
 	if o.over {
 		a.finish()
 	} else {
 		o.attached[a] = struct{}{}
 	}
-	o.mu.Unlock()
-	a.Wait(ctx)
-	o.mu.Lock()
-	delete(o.attached, a)
-	o.mu.Unlock()
+	return a
 }
 
 // Drain waits for the end of all streams, at most until limit: a descriptor that
@@ -338,8 +336,13 @@ func (o *Output) Drain(limit time.Duration) error {
 func (o *Output) Release() error {
 	o.interrupt()
 	o.readers.Wait()
+	o.moved.Store(true)
 	return o.end()
 }
+
+// Moved tells whether another podmon has the output now, and attachments ended
+// for that.
+func (o *Output) Moved() bool { return o.moved.Load() }
 
 // interrupt ends all waiting for output.
 func (o *Output) interrupt() {

@@ -1,0 +1,271 @@
+package stdio
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/podshim/podshim/cmd/podmon/internal/crilog"
+)
+
+// bench is a container's output on files of its own.
+type bench struct {
+	t       *testing.T
+	dir     string
+	journal *Journal
+	w       *os.File
+	r       *os.File
+}
+
+func newBench(t *testing.T) *bench {
+	t.Helper()
+	b := &bench{t: t, dir: t.TempDir()}
+	var err error
+	if b.journal, err = NewJournal(filepath.Join(b.dir, "journal")); err != nil {
+		t.Fatal(err)
+	}
+	if b.r, b.w, err = os.Pipe(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { b.w.Close(); b.r.Close() })
+	return b
+}
+
+// output is a podmon's reader of the pipe.
+func (b *bench) output() *Output {
+	b.t.Helper()
+	log, err := crilog.Open(b.dir, "log")
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	fd, err := unix.FcntlInt(b.r.Fd(), unix.F_DUPFD_CLOEXEC, 3)
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	if err := unix.SetNonblock(fd, true); err != nil {
+		b.t.Fatal(err)
+	}
+	o := New("c", b.dir, b.journal, log)
+	o.Add("stdout", os.NewFile(uintptr(fd), "stdout"), false)
+	return o
+}
+
+// logged is the log without its timestamps.
+func (b *bench) logged() string {
+	raw, err := os.ReadFile(filepath.Join(b.dir, "log"))
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	var out strings.Builder
+	for line := range strings.Lines(string(raw)) {
+		_, rest, _ := strings.Cut(line, " ")
+		out.WriteString(rest)
+	}
+	return out.String()
+}
+
+func (b *bench) write(s string) {
+	b.t.Helper()
+	if _, err := b.w.WriteString(s); err != nil {
+		b.t.Fatal(err)
+	}
+}
+
+func TestDrainToTheEnd(t *testing.T) {
+	b := newBench(t)
+	o := b.output()
+	o.Read()
+	want := ""
+	for range 20000 {
+		b.write("line\n")
+		want += "stdout F line\n"
+	}
+	b.write("half")
+	b.w.Close()
+	if err := o.Drain(time.Minute); err != nil {
+		t.Fatal(err)
+	}
+	if got := b.logged(); got != want+"stdout P half\n" {
+		t.Errorf("log of %d bytes, want %d", len(got), len(want))
+	}
+}
+
+// A write end that never closes must not hold up a container's end.
+func TestDrainGivesUp(t *testing.T) {
+	b := newBench(t)
+	o := b.output()
+	o.Read()
+	b.write("line\nhalf")
+	b.await("line")
+	began := time.Now()
+	if err := o.Drain(20 * time.Millisecond); err != nil {
+		t.Fatal(err)
+	}
+	if took := time.Since(began); took > 5*time.Second {
+		t.Errorf("drained for %v", took)
+	}
+	if got := b.logged(); got != "stdout F line\nstdout P half\n" {
+		t.Errorf("log %q", got)
+	}
+}
+
+// await waits until the reader has taken everything out of the pipe and written
+// text to the log.
+func (b *bench) await(text string) {
+	b.t.Helper()
+	for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); {
+		n, err := unix.IoctlGetInt(int(b.r.Fd()), unix.TIOCINQ)
+		if err == nil && n == 0 && strings.Contains(b.logged(), text) {
+			return
+		}
+	}
+	b.t.Fatalf("%q does not come", text)
+}
+
+// What one podmon has begun another one finishes.
+func TestRelease(t *testing.T) {
+	b := newBench(t)
+	first := b.output()
+	first.Read()
+	b.write("one\nha")
+	b.await("one")
+	if err := first.Release(); err != nil {
+		t.Fatal(err)
+	}
+	b.write("lf\ntwo\n")
+	second := b.output()
+	if err := second.Resume(filepath.Join(b.dir, "none")); err != nil {
+		t.Fatal(err)
+	}
+	second.Read()
+	b.w.Close()
+	if err := second.Drain(time.Minute); err != nil {
+		t.Fatal(err)
+	}
+	if got := b.logged(); got != "stdout F one\nstdout F half\nstdout F two\n" {
+		t.Errorf("log %q", got)
+	}
+}
+
+// A podmon that was killed has left a chunk in each possible state.
+func TestResumeFromJournal(t *testing.T) {
+	const torn = "2026-11-21T02:43:21Z stdout F to"
+	for name, tc := range map[string]struct {
+		leave func(b *bench, s *slot)
+		want  string
+	}{
+		"reading, still in the pipe": {func(b *bench, s *slot) { s.expect(6) }, ""},
+		"reading, taken out": {func(b *bench, s *slot) {
+			s.expect(6)
+			copy(s.data(), "a\nb\nha")
+		}, "stdout F a\nstdout F b\n"},
+		"read": {func(b *bench, s *slot) {
+			s.expect(6)
+			copy(s.data(), "a\nb\nha")
+			s.setState(slotRead)
+		}, "stdout F a\nstdout F b\n"},
+		"writing, not begun": {func(b *bench, s *slot) {
+			s.expect(6)
+			copy(s.data(), "a\nb\nha")
+			s.writing(b.stat())
+		}, "stdout F a\nstdout F b\n"},
+		"writing, torn": {func(b *bench, s *slot) {
+			s.expect(6)
+			copy(s.data(), "a\nb\nha")
+			s.writing(b.stat())
+			b.append(torn)
+		}, "stdout F a\nstdout F b\n"},
+		"written": {func(b *bench, s *slot) {
+			s.expect(6)
+			copy(s.data(), "a\nb\nha")
+			s.writing(b.stat())
+			b.append("2026-11-21T02:43:21Z stdout F a\n2026-11-21T02:43:21Z stdout F b\n")
+			s.setState(slotWritten)
+		}, "stdout F a\nstdout F b\n"},
+		"written, rest saved": {func(b *bench, s *slot) {
+			s.expect(6)
+			copy(s.data(), "a\nb\nha")
+			b.append("2026-11-21T02:43:21Z stdout F a\n2026-11-21T02:43:21Z stdout F b\n")
+			s.setState(slotWritten)
+			r := restFile{path: filepath.Join(b.dir, "stdout.rest")}
+			r.save(s.seq(), []byte("ha"))
+		}, "stdout F a\nstdout F b\n"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			b := newBench(t)
+			b.append("2026-11-21T02:43:21Z stdout F before\n")
+			if name == "reading, still in the pipe" {
+				b.write("ha")
+			}
+			tc.leave(b, b.journal.get("c", "stdout"))
+			other := b.journal.get("another", "stdout")
+			other.expect(6)
+			copy(other.data(), "alien\n")
+			other.setState(slotRead)
+
+			o := b.output()
+			if err := o.Resume(filepath.Join(b.dir, "journal")); err != nil {
+				t.Fatal(err)
+			}
+			o.Read()
+			b.write("lf\n")
+			b.w.Close()
+			if err := o.Drain(time.Minute); err != nil {
+				t.Fatal(err)
+			}
+			if got, want := b.logged(), "stdout F before\n"+tc.want+"stdout F half\n"; got != want {
+				t.Errorf("log %q, want %q", got, want)
+			}
+		})
+	}
+}
+
+func (b *bench) append(s string) {
+	b.t.Helper()
+	f, err := os.OpenFile(filepath.Join(b.dir, "log"), os.O_WRONLY|os.O_APPEND|os.O_CREATE, 0o640)
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	defer f.Close()
+	if _, err := f.WriteString(s); err != nil {
+		b.t.Fatal(err)
+	}
+}
+
+func (b *bench) stat() unix.Stat_t {
+	var st unix.Stat_t
+	if err := unix.Stat(filepath.Join(b.dir, "log"), &st); err != nil {
+		b.t.Fatal(err)
+	}
+	return st
+}
+
+// Slots that are not used at the moment give their memory back.
+func TestJournalShrinks(t *testing.T) {
+	b := newBench(t)
+	var slots []*slot
+	for range 50 {
+		slots = append(slots, b.journal.get("c", "stdout"))
+	}
+	for _, s := range slots {
+		b.journal.put(s)
+	}
+	var st unix.Stat_t
+	if err := unix.Stat(filepath.Join(b.dir, "journal"), &st); err != nil {
+		t.Fatal(err)
+	}
+	if st.Blocks*512 > keepSlots*slotSize+64<<10 {
+		t.Errorf("journal keeps %d bytes", st.Blocks*512)
+	}
+	for range 50 {
+		s := b.journal.get("c", "stdout")
+		if s.index < 0 || s.index >= 50 {
+			t.Fatalf("slot %d", s.index)
+		}
+		s.mem[slotSize-1] = 1
+	}
+}
