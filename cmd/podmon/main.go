@@ -19,12 +19,14 @@ import (
 	"path/filepath"
 	"runtime/debug"
 	"strconv"
+	"strings"
 	"syscall"
 
 	"github.com/opencontainers/runc/libcontainer"
 	_ "github.com/opencontainers/runc/libcontainer/nsenter" // joins namespaces before Go starts
 	"github.com/sirupsen/logrus"
 
+	"github.com/podshim/podshim/cmd/podmon/internal/container"
 	"github.com/podshim/podshim/cmd/podmon/internal/server"
 )
 
@@ -49,14 +51,20 @@ func run(args []string) error {
 	// Caught and dropped, not ignored: containers would inherit that.
 	signal.Notify(make(chan os.Signal, 1), syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP, syscall.SIGPIPE)
 	syscall.Umask(0o022) // containers inherit it
-	protect()
+	score, err := protect()
+	if err != nil {
+		return err
+	}
 	// Memory is worth more than time here: podmon is idle nearly always.
 	debug.SetGCPercent(25)
 	// For "podmon init" only; this process has read its own already.
 	if err := os.Setenv("GOMAXPROCS", "1"); err != nil {
 		return err
 	}
-	s, err := server.New(runDir, instance, len(args) > 3 && args[3] == "systemd")
+	s, err := server.New(container.Config{
+		RunDir: runDir, Owner: instance, OOMScoreAdj: score,
+		SystemdCgroup: len(args) > 3 && args[3] == "systemd",
+	})
 	if err != nil {
 		return err
 	}
@@ -70,13 +78,20 @@ func run(args []string) error {
 	return s.Serve(l)
 }
 
-// protect asks the kernel to kill others first when memory runs out. Where it is
-// not allowed to (CAP_SYS_RESOURCE), the lowest score that is allowed is the one
-// podmon has already.
-func protect() {
-	const lowest = -999
-	err := os.WriteFile("/proc/self/oom_score_adj", []byte(strconv.Itoa(lowest)), 0)
+// protect asks the kernel to kill others first when memory runs out, and returns
+// the score from before, which is for containers. Where it is not allowed to
+// (CAP_SYS_RESOURCE), the lowest score that is allowed is the one podmon has.
+func protect() (before int, err error) {
+	const file, lowest = "/proc/self/oom_score_adj", -999
+	b, err := os.ReadFile(file)
 	if err != nil {
+		return 0, err
+	}
+	if before, err = strconv.Atoi(strings.TrimSpace(string(b))); err != nil {
+		return 0, fmt.Errorf("%s: %w", file, err)
+	}
+	if err := os.WriteFile(file, []byte(strconv.Itoa(lowest)), 0); err != nil {
 		logrus.WithError(err).Info("oom_score_adj stays as it is")
 	}
+	return before, nil
 }

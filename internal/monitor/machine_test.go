@@ -69,7 +69,7 @@ func newMachine(t testing.TB) *machine {
 		must(t, os.Mkdir(filepath.Join(m.rootfs, dir), 0o755))
 	}
 	copyProgram(t, busybox, m.rootfs)
-	for _, applet := range []string{"sh", "sleep", "echo", "cat", "true", "kill", "setsid", "stty", "dd", "tail", "id", "seq", "tty", "ls"} {
+	for _, applet := range []string{"sh", "mkdir", "sleep", "echo", "cat", "true", "kill", "setsid", "stty", "dd", "tail", "id", "seq", "tty", "ls"} {
 		must(t, os.Symlink("busybox", filepath.Join(m.rootfs, "bin", applet)))
 	}
 	must(t, os.WriteFile(filepath.Join(m.rootfs, "bin/plain"), []byte("no program"), 0o644))

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -788,4 +789,84 @@ func pss(t testing.TB, pid int) int {
 	}
 	t.Fatal("no Pss")
 	return 0
+}
+
+func TestSeccomp(t *testing.T) {
+	m := newMachine(t)
+	errno := uint(unix.EXDEV)
+	id, _ := m.start("mkdir /tmp/x; exit 0", func(r *monitor.StartRequest) {
+		r.Spec.Linux.Seccomp = &specs.LinuxSeccomp{
+			DefaultAction: specs.ActAllow,
+			Architectures: []specs.Arch{specs.ArchX86_64, specs.ArchAARCH64},
+			Syscalls: []specs.LinuxSyscall{
+				{Names: []string{"mkdir", "mkdirat"}, Action: specs.ActErrno, ErrnoRet: &errno},
+			},
+		}
+	})
+	m.exit(id)
+	if got := m.logged(id); !strings.Contains(got, "cross-device link") {
+		t.Errorf("log %q", got)
+	}
+}
+
+// A container in a user namespace owns its stdio: it can open /dev/stdout anew.
+func TestUserNamespace(t *testing.T) {
+	m := newMachine(t)
+	// The namespace's root must get to the rootfs.
+	for dir := m.rootfs; dir != "/tmp" && dir != "/"; dir = filepath.Dir(dir) {
+		must(t, os.Chmod(dir, 0o755))
+	}
+	id, p := m.start("id -u; echo again > /proc/self/fd/1; exec sleep 1000", func(r *monitor.StartRequest) {
+		l := r.Spec.Linux
+		l.Namespaces = append(l.Namespaces, specs.LinuxNamespace{Type: specs.UserNamespace},
+			specs.LinuxNamespace{Type: specs.NetworkNamespace})
+		ids := []specs.LinuxIDMapping{{ContainerID: 0, HostID: 200000, Size: 65536}}
+		l.UIDMappings, l.GIDMappings = ids, ids
+		r.Spec.Mounts = r.Spec.Mounts[:2]
+	})
+	m.awaitLog(id, "again")
+	if got := m.logged(id); got != "stdout F 0\nstdout F again\n" {
+		t.Errorf("log %q", got)
+	}
+	var st unix.Stat_t
+	must(t, unix.Stat(fmt.Sprintf("/proc/%d", p.PID), &st))
+	if st.Uid != 200000 {
+		t.Errorf("runs as %d", st.Uid)
+	}
+	x, err := m.Exec(t.Context(), monitor.ExecRequest{ContainerID: id, Process: process("sh", "-c", "exit $(id -u)")})
+	must(t, err)
+	if e, err := x.Wait(t.Context()); err != nil || e.Code != 0 {
+		t.Errorf("exec: %+v, %v", e, err)
+	}
+}
+
+// Many starts, execs and deletions at once.
+func TestConcurrency(t *testing.T) {
+	m := newMachine(t)
+	var wg sync.WaitGroup
+	for i := range 12 {
+		id := m.id()
+		wg.Go(func() {
+			for range 2 {
+				s := m.spec(id, "sh", "-c", "echo up; exec sleep 1000")
+				if _, err := m.Start(t.Context(), monitor.StartRequest{ID: id, Spec: s, LogRoot: m.logs, LogPath: id}); err != nil {
+					t.Error(err)
+					return
+				}
+				x, err := m.Exec(t.Context(), monitor.ExecRequest{ContainerID: id, Process: process("sh", "-c", fmt.Sprint("exit ", i))})
+				if err != nil {
+					t.Error(err)
+				} else if e, err := x.Wait(t.Context()); err != nil || e.Code != int32(i) {
+					t.Errorf("exec %d: %+v, %v", i, e, err)
+				}
+				if err := m.Delete(t.Context(), id); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	if left := m.List(); len(left) > 0 {
+		t.Errorf("left: %v", left)
+	}
 }

@@ -91,6 +91,9 @@ func (c *Container) create(r wire.StartRequest) error {
 	if err != nil {
 		return wire.Errorf(wire.ClassInvalid, "spec: %w", err)
 	}
+	if config.OomScoreAdj == nil {
+		config.OomScoreAdj = &c.m.OOMScoreAdj
+	}
 	if c.lc, err = libcontainer.Create(c.m.stateRoot(), c.ID, config); err != nil {
 		if errors.Is(err, libcontainer.ErrExist) {
 			return wire.Errorf(wire.ClassExists, "create: %w", err)

@@ -34,16 +34,15 @@ type Server struct {
 	once     sync.Once
 }
 
-// New makes a server for the containers in runDir. Instance names this podmon.
-func New(runDir, instance string, systemdCgroup bool) (*Server, error) {
+// New makes a server for containers; it takes their exits, config.OnExit is its own.
+func New(config container.Config) (*Server, error) {
 	s := &Server{sessions: map[*session]struct{}{}, retired: make(chan struct{})}
 	var err error
 	if s.self, err = wire.Identify(os.Getpid()); err != nil {
 		return nil, err
 	}
-	s.m, err = container.NewManager(container.Config{
-		RunDir: runDir, Owner: instance, SystemdCgroup: systemdCgroup, OnExit: s.announce,
-	})
+	config.OnExit = s.announce
+	s.m, err = container.NewManager(config)
 	return s, err
 }
 
