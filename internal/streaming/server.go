@@ -1,7 +1,9 @@
 // Package streaming serves exec, attach and port-forward: the CRI answers those
 // calls with a URL on this server, at which a client (kubelet, crictl) then
-// speaks SPDY or WebSocket. The protocols are k8s.io/cri-streaming's; this
-// package owns what is around them.
+// speaks SPDY or WebSocket. The protocols are k8s.io/cri-streaming's, but for
+// two newer ones that it does not know and client-go insists on: exec and attach
+// over v5.channel.k8s.io (v5.go), and SPDY in a WebSocket for port-forward
+// (tunnel.go). This package owns those, and what is around all.
 //
 //   - A URL works once, for a minute, and cannot be guessed.
 //   - The context a Runtime gets ends when the client is gone, whether or not
@@ -318,15 +320,26 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request) {
 	switch m := message.(type) {
 	case *runtime.ExecRequest:
 		j.options = remotecommand.Options{Stdin: m.GetStdin(), Stdout: m.GetStdout(), Stderr: m.GetStderr(), TTY: m.GetTty()}
+		if prefers(r, protocolV5, channelProtocols) {
+			j.serveV5(w, r, func(s Streams) error { return j.exec(m.GetContainerId(), m.GetCmd(), s) })
+			return
+		}
 		remotecommand.ServeExec(w, r, j, "", "", m.GetContainerId(), m.GetCmd(), &j.options,
 			s.config.IdleTimeout, s.config.CreationTimeout, remotecommand.SupportedStreamingProtocols)
 	case *runtime.AttachRequest:
 		j.options = remotecommand.Options{Stdin: m.GetStdin(), Stdout: m.GetStdout(), Stderr: m.GetStderr(), TTY: m.GetTty()}
+		if prefers(r, protocolV5, channelProtocols) {
+			j.serveV5(w, r, func(s Streams) error { return j.attach(m.GetContainerId(), s) })
+			return
+		}
 		remotecommand.ServeAttach(w, r, j, "", "", m.GetContainerId(), &j.options,
 			s.config.IdleTimeout, s.config.CreationTimeout, remotecommand.SupportedStreamingProtocols)
 	case *runtime.PortForwardRequest:
-		portforward.ServePortForward(w, r, j, m.GetPodSandboxId(), "", &portforward.V4Options{Ports: m.GetPort()},
-			s.config.IdleTimeout, s.config.CreationTimeout, portforward.SupportedProtocols)
+		if prefers(r, protocolTunnel, channelProtocols) {
+			j.serveTunnel(w, r, m)
+			return
+		}
+		j.forwardPorts(w, r, m)
 	}
 }
 
@@ -342,13 +355,27 @@ type job struct {
 // ExecInContainer implements remotecommand.Executor.
 func (j *job) ExecInContainer(_ context.Context, _, _, container string, cmd []string, in io.Reader, out, errs io.WriteCloser,
 	_ bool, resize <-chan TerminalSize, _ time.Duration) error {
-	return plainExit(j.server.runtime.Exec(j.ctx, container, cmd, j.streams(in, out, errs, resize)))
+	return j.exec(container, cmd, j.streams(in, out, errs, resize))
+}
+
+func (j *job) exec(container string, cmd []string, s Streams) error {
+	return plainExit(j.server.runtime.Exec(j.ctx, container, cmd, s))
 }
 
 // AttachContainer implements remotecommand.Attacher.
 func (j *job) AttachContainer(_ context.Context, _, _, container string, in io.Reader, out, errs io.WriteCloser,
 	_ bool, resize <-chan TerminalSize) error {
-	return j.server.runtime.Attach(j.ctx, container, j.streams(in, out, errs, resize))
+	return j.attach(container, j.streams(in, out, errs, resize))
+}
+
+func (j *job) attach(container string, s Streams) error {
+	return j.server.runtime.Attach(j.ctx, container, s)
+}
+
+// forwardPorts serves port-forward, over SPDY or the numbered channels.
+func (j *job) forwardPorts(w http.ResponseWriter, r *http.Request, m *runtime.PortForwardRequest) {
+	portforward.ServePortForward(w, r, j, m.GetPodSandboxId(), "", &portforward.V4Options{Ports: m.GetPort()},
+		j.server.config.IdleTimeout, j.server.config.CreationTimeout, portforward.SupportedProtocols)
 }
 
 // PortForward implements portforward.PortForwarder. With SPDY it runs on a
