@@ -24,7 +24,8 @@ type Exec struct {
 
 // Exec starts a process in a running container. FailedPrecondition when the
 // container has exited; ErrNoExecutable and ErrNotExecutable tell what a shell
-// would say with 127 and 126.
+// would say with 127 and 126. When ctx ends first, the process is killed as soon
+// as it is there.
 func (m *Monitor) Exec(ctx context.Context, r ExecRequest) (*Exec, error) {
 	if err := m.known(r.ContainerID); err != nil {
 		return nil, err
@@ -33,6 +34,29 @@ func (m *Monitor) Exec(ctx context.Context, r ExecRequest) (*Exec, error) {
 	if err != nil {
 		return nil, err
 	}
+	type result struct {
+		x   *Exec
+		err error
+	}
+	done := make(chan result, 1)
+	go func() { // ends with the answer, or the link
+		x, err := startExec(context.WithoutCancel(ctx), l, r)
+		done <- result{x, err}
+	}()
+	select {
+	case got := <-done:
+		return got.x, got.err
+	case <-ctx.Done():
+		go func() {
+			if got := <-done; got.err == nil {
+				got.x.discard()
+			}
+		}()
+		return nil, ctx.Err()
+	}
+}
+
+func startExec(ctx context.Context, l *link, r ExecRequest) (*Exec, error) {
 	answer, err := l.call(ctx, wire.OpExec, r, func(msg *wire.Message) error {
 		return errors.Join(msg.Attach(wire.FileStdin, r.Stdin),
 			msg.Attach(wire.FileStdout, r.Stdout), msg.Attach(wire.FileStderr, r.Stderr))
@@ -48,6 +72,16 @@ func (m *Monitor) Exec(ctx context.Context, r ExecRequest) (*Exec, error) {
 	return &Exec{
 		PID: started.Process.PID, Console: answer.File(wire.FileConsole), l: l, id: started.Exec,
 	}, nil
+}
+
+// discard ends a process that nobody waits for any more.
+func (e *Exec) discard() {
+	if e.Console != nil {
+		e.Console.Close()
+	}
+	if e.Kill(syscall.SIGKILL) == nil {
+		_, _ = e.Wait(context.Background()) // podmon forgets it then
+	}
 }
 
 // Wait returns how the process ended. After a Wait that returned an exit the

@@ -74,13 +74,21 @@ type Monitor struct {
 	// upgrading is held while the current podmon changes, not for requests.
 	upgrading sync.Mutex
 
-	mu      sync.Mutex
-	closed  bool
-	current *link // nil while there is none
-	links   map[*link]struct{}
-	held    map[string]*held
-	early   map[string]*Event // of containers that Start has not returned yet
-	changed chan struct{}     // closed and replaced when routes change
+	mu       sync.Mutex
+	closed   bool
+	current  *link // nil while there is none
+	links    map[*link]struct{}
+	held     map[string]*held
+	starting map[string]struct{}
+	// stray are exits that came before the container was on record as their
+	// podmon's: answers and events are handled by different goroutines.
+	stray   map[string]stray
+	changed chan struct{} // closed and replaced when routes change
+}
+
+type stray struct {
+	from *link
+	Event
 }
 
 // held is a container as the daemon knows it.
@@ -111,7 +119,8 @@ func New(ctx context.Context, o Options) (_ *Monitor, err error) {
 	}
 	m := &Monitor{
 		o: o, log: o.Log, events: newQueue(),
-		links: map[*link]struct{}{}, held: map[string]*held{}, early: map[string]*Event{},
+		links: map[*link]struct{}{}, held: map[string]*held{},
+		starting: map[string]struct{}{}, stray: map[string]stray{},
 		changed: make(chan struct{}),
 	}
 	m.ctx, m.cancel = context.WithCancel(context.Background())
@@ -147,9 +156,12 @@ func (m *Monitor) Close() error {
 	m.announce()
 	m.mu.Unlock()
 	for l := range links {
-		l.close()
+		l.fail()
 	}
 	m.work.Wait()
+	for l := range links {
+		l.close()
+	}
 	m.events.close()
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -201,17 +213,17 @@ func (h *held) offer(m *wire.Message) error {
 // (Unavailable), the container may exist all the same; Delete removes it.
 func (m *Monitor) Start(ctx context.Context, r StartRequest) (Process, error) {
 	m.mu.Lock()
-	if m.held[r.ID] != nil || m.early[r.ID] != nil {
+	_, starting := m.starting[r.ID]
+	if m.held[r.ID] != nil || starting {
 		m.mu.Unlock()
 		return Process{}, fmt.Errorf("start: container %s: %w", r.ID, errdefs.ErrAlreadyExists)
 	}
-	m.early[r.ID] = &Event{}
+	m.starting[r.ID] = struct{}{}
 	m.mu.Unlock()
 	h, err := m.start(ctx, r)
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	event := m.early[r.ID]
-	delete(m.early, r.ID)
+	delete(m.starting, r.ID)
 	if err != nil {
 		return Process{}, err
 	}
@@ -219,10 +231,7 @@ func (m *Monitor) Start(ctx context.Context, r StartRequest) (Process, error) {
 		h.close()
 		return h.status.Process, nil
 	}
-	m.held[r.ID] = h
-	if event.ID != "" {
-		m.exited(h, *event)
-	}
+	m.install(h)
 	// A link that was lost meanwhile has been handed over without this one.
 	if _, alive := m.links[h.owner]; !alive {
 		m.work.Go(func() { m.handOver(h.owner) })
@@ -329,6 +338,7 @@ func (m *Monitor) Delete(ctx context.Context, id string) error {
 		h.close()
 		delete(m.held, id)
 	}
+	delete(m.stray, id)
 	return nil
 }
 
@@ -441,14 +451,22 @@ func (m *Monitor) Events() <-chan Event { return m.events.out }
 func (m *Monitor) onExit(l *link, e Event) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if h := m.held[e.ID]; h != nil {
-		if h.owner == l {
-			m.exited(h, e)
-		}
+	if h := m.held[e.ID]; h != nil && h.owner == l {
+		m.exited(h, e)
 		return
 	}
-	if early := m.early[e.ID]; early != nil {
-		*early = e
+	m.stray[e.ID] = stray{l, e}
+}
+
+// install puts a container on record; mu is held.
+func (m *Monitor) install(h *held) {
+	id := h.status.ID
+	m.held[id] = h
+	if s, ok := m.stray[id]; ok {
+		delete(m.stray, id)
+		if s.from == h.owner {
+			m.exited(h, s.Event)
+		}
 	}
 }
 

@@ -840,6 +840,30 @@ func TestUserNamespace(t *testing.T) {
 	}
 }
 
+// An exec whose caller has gone must not stay.
+func TestExecAbandoned(t *testing.T) {
+	m := newMachine(t)
+	id, _ := m.start("exec sleep 1000")
+	procs := "/sys/fs/cgroup/pids" + m.cgroup + "/" + id + "/cgroup.procs"
+	for i := range 30 {
+		ctx, cancel := context.WithTimeout(t.Context(), time.Duration(i)*500*time.Microsecond)
+		x, err := m.Exec(ctx, monitor.ExecRequest{ContainerID: id, Process: process("sleep", "1000")})
+		cancel()
+		if err == nil {
+			must(t, x.Kill(unix.SIGKILL))
+		} else if !errors.Is(err, context.DeadlineExceeded) {
+			t.Fatal(err)
+		}
+	}
+	left := ""
+	for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); {
+		if left = readFile(t, procs); strings.Count(left, "\n") == 1 {
+			return
+		}
+	}
+	t.Errorf("processes left: %q", left)
+}
+
 // Many starts, execs and deletions at once.
 func TestConcurrency(t *testing.T) {
 	m := newMachine(t)

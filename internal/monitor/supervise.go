@@ -64,7 +64,7 @@ func (m *Monitor) welcome(ctx context.Context, l *link) error {
 		h := keep(l, Status{ID: status.ID, Process: status.Process}, answer)
 		answer.Close()
 		m.mu.Lock()
-		m.held[status.ID] = h
+		m.install(h)
 		if status.Exit != nil {
 			m.exited(h, Event{ID: status.ID, Exit: *status.Exit})
 		}
@@ -110,6 +110,9 @@ func (m *Monitor) watch(l *link) {
 		case <-m.ctx.Done():
 			return
 		case <-l.lost:
+			if m.ctx.Err() != nil {
+				return // Close dropped the link; podmon stays
+			}
 			m.discard(l)
 			m.replace(l)
 			return
@@ -230,7 +233,7 @@ func (m *Monitor) adoptOrphans(ctx context.Context) error {
 	for _, e := range entries {
 		m.mu.Lock()
 		_, known := m.held[e.Name()]
-		_, starting := m.early[e.Name()]
+		_, starting := m.starting[e.Name()]
 		m.mu.Unlock()
 		if known || starting {
 			continue
@@ -279,7 +282,7 @@ func (m *Monitor) adopt(ctx context.Context, id string) error {
 		fresh.status.Exit = h.status.Exit
 		h.close()
 	}
-	m.held[id] = fresh
+	m.install(fresh)
 	if status.Exit != nil {
 		m.exited(fresh, Event{ID: id, Exit: *status.Exit})
 	}
