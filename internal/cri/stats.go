@@ -3,6 +3,7 @@ package cri
 import (
 	"context"
 	"fmt"
+	"time"
 
 	"github.com/containerd/errdefs"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -25,7 +26,7 @@ func (s *runtimeService) ContainerStats(ctx context.Context, req *runtime.Contai
 	if r.State != container.Running {
 		return nil, fmt.Errorf("container %s is %s: only a running one can be measured: %w", r.ID, r.State, errdefs.ErrFailedPrecondition)
 	}
-	measured, err := s.measureContainer(ctx, r)
+	measured, err := s.measureContainer(ctx, r, stats.LayerDeadline())
 	if err != nil {
 		return nil, err
 	}
@@ -38,7 +39,7 @@ func (s *runtimeService) ListContainerStats(ctx context.Context, req *runtime.Li
 	records := s.containers(&runtime.ContainerFilter{
 		Id: f.GetId(), PodSandboxId: f.GetPodSandboxId(), LabelSelector: f.GetLabelSelector(),
 	})
-	measured, err := s.measureContainers(ctx, records)
+	measured, err := s.measureContainers(ctx, records, stats.LayerDeadline())
 	if err != nil {
 		return nil, err
 	}
@@ -58,7 +59,7 @@ func (s *runtimeService) PodSandboxStats(ctx context.Context, req *runtime.PodSa
 	if r.State != sandbox.Ready {
 		return nil, fmt.Errorf("pod sandbox %s is not ready (%s): only a ready one can be measured: %w", r.ID, r.Reason, errdefs.ErrFailedPrecondition)
 	}
-	measured, err := s.measurePod(ctx, r)
+	measured, err := s.measurePod(ctx, r, stats.LayerDeadline())
 	if err != nil {
 		return nil, err
 	}
@@ -69,11 +70,12 @@ func (s *runtimeService) PodSandboxStats(ctx context.Context, req *runtime.PodSa
 func (s *runtimeService) ListPodSandboxStats(ctx context.Context, req *runtime.ListPodSandboxStatsRequest) (*runtime.ListPodSandboxStatsResponse, error) {
 	f := req.GetFilter()
 	resp := new(runtime.ListPodSandboxStatsResponse)
+	layersBy := stats.LayerDeadline()
 	for _, r := range s.sandboxes(&runtime.PodSandboxFilter{Id: f.GetId(), LabelSelector: f.GetLabelSelector()}) {
 		if r.State != sandbox.Ready {
 			continue
 		}
-		measured, err := s.measurePod(ctx, r)
+		measured, err := s.measurePod(ctx, r, layersBy)
 		if errdefs.IsNotFound(err) {
 			continue // ended since it was listed
 		}
@@ -85,14 +87,14 @@ func (s *runtimeService) ListPodSandboxStats(ctx context.Context, req *runtime.L
 	return resp, nil
 }
 
-func (s *runtimeService) measurePod(ctx context.Context, r *sandbox.Record) (*runtime.PodSandboxStats, error) {
+func (s *runtimeService) measurePod(ctx context.Context, r *sandbox.Record, layersBy time.Time) (*runtime.PodSandboxStats, error) {
 	linux, err := s.Stats.Pod(ctx, stats.PodInput{
 		ID: r.ID, CgroupPath: r.CgroupParent, Netns: r.Netns, Interface: r.Interface,
 	})
 	if err != nil {
 		return nil, err
 	}
-	if linux.Containers, err = s.measureContainers(ctx, s.Containers.InSandbox(r.ID)); err != nil {
+	if linux.Containers, err = s.measureContainers(ctx, s.Containers.InSandbox(r.ID), layersBy); err != nil {
 		return nil, err
 	}
 	return &runtime.PodSandboxStats{
@@ -105,13 +107,13 @@ func (s *runtimeService) measurePod(ctx context.Context, r *sandbox.Record) (*ru
 }
 
 // measureContainers measures those that run; one that ends meanwhile is left out.
-func (s *runtimeService) measureContainers(ctx context.Context, records []*container.Record) ([]*runtime.ContainerStats, error) {
+func (s *runtimeService) measureContainers(ctx context.Context, records []*container.Record, layersBy time.Time) ([]*runtime.ContainerStats, error) {
 	var out []*runtime.ContainerStats
 	for _, r := range records {
 		if r.State != container.Running {
 			continue
 		}
-		measured, err := s.measureContainer(ctx, r)
+		measured, err := s.measureContainer(ctx, r, layersBy)
 		if errdefs.IsNotFound(err) {
 			continue
 		}
@@ -123,8 +125,8 @@ func (s *runtimeService) measureContainers(ctx context.Context, records []*conta
 	return out, nil
 }
 
-func (s *runtimeService) measureContainer(ctx context.Context, r *container.Record) (*runtime.ContainerStats, error) {
-	measured, err := s.Stats.Container(ctx, stats.ContainerInput{ID: r.ID, CgroupPath: r.CgroupsPath})
+func (s *runtimeService) measureContainer(ctx context.Context, r *container.Record, layersBy time.Time) (*runtime.ContainerStats, error) {
+	measured, err := s.Stats.Container(ctx, stats.ContainerInput{ID: r.ID, CgroupPath: r.CgroupsPath, LayerBy: layersBy})
 	if err != nil {
 		return nil, err
 	}

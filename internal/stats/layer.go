@@ -11,8 +11,8 @@ import (
 const (
 	// layerAge is how old a layer's size may be before it is measured again.
 	layerAge = 10 * time.Second
-	// layerWait is how long one request waits for a measurement; later ones get
-	// what it finds.
+	// layerWait is how long one request waits for measurements, however many
+	// layers it asks for; later requests get what they find.
 	layerWait = 200 * time.Millisecond
 	// layerWalks is how many layers are measured at a time.
 	layerWalks = 2
@@ -47,12 +47,12 @@ func newLayers(measure func(context.Context, string) (Disk, error), mountpoint s
 	}
 }
 
-// get gives the last known size, measured anew if it is old and that is quick
-// enough; nil when it was never measured. The result is shared: read only.
-func (l *layers) get(ctx context.Context, id string) *runtime.FilesystemUsage {
+// get gives the last known size, measured anew if it is old and that is done by
+// the given time; nil when it was never measured. The result is shared: read only.
+func (l *layers) get(ctx context.Context, id string, by time.Time) *runtime.FilesystemUsage {
 	running := l.refresh(id)
 	if running != nil {
-		wait := time.NewTimer(layerWait)
+		wait := time.NewTimer(time.Until(by))
 		defer wait.Stop()
 		select {
 		case <-running:

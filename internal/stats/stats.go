@@ -110,7 +110,14 @@ type ContainerInput struct {
 	ID string
 	// CgroupPath is the spec's linux.cgroupsPath, see [Collector.Cgroup].
 	CgroupPath string
+	// LayerBy ends the wait for the writable layer's size, [LayerDeadline] for
+	// all containers of one request.
+	LayerBy time.Time
 }
+
+// LayerDeadline is until when a request that begins now waits for the sizes of
+// writable layers.
+func LayerDeadline() time.Time { return time.Now().Add(layerWait) }
 
 // Container measures one running container; the caller fills in Attributes.
 //
@@ -123,7 +130,7 @@ func (c *Collector) Container(ctx context.Context, in ContainerInput) (*runtime.
 	}
 	s := &runtime.ContainerStats{Cpu: u.cpu, Memory: u.memory, Swap: u.swap, Io: u.io}
 	if c.layers != nil {
-		s.WritableLayer = c.layers.get(ctx, in.ID)
+		s.WritableLayer = c.layers.get(ctx, in.ID, in.LayerBy)
 	}
 	return s, nil
 }

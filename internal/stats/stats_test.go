@@ -573,16 +573,16 @@ func TestSlowLayerHoldsNobodyUp(t *testing.T) {
 		return Disk{Bytes: 4096, Inodes: 3}, nil
 	}, "/var/lib/podshim")
 	defer l.close()
-	got := l.get(t.Context(), "quick")
+	got := l.get(t.Context(), "quick", LayerDeadline())
 	if got.GetUsedBytes().GetValue() != 4096 || got.InodesUsed.Value != 3 || got.FsId.Mountpoint != "/var/lib/podshim" || got.Timestamp == 0 {
 		t.Errorf("layer %v", got)
 	}
-	if got := l.get(t.Context(), "broken"); got != nil {
+	if got := l.get(t.Context(), "broken", LayerDeadline()); got != nil {
 		t.Errorf("a layer that cannot be measured: %v", got)
 	}
 	start := time.Now()
 	for range 2 {
-		if got := l.get(t.Context(), "slow"); got != nil {
+		if got := l.get(t.Context(), "slow", LayerDeadline()); got != nil {
 			t.Errorf("a layer that is still being measured: %v", got)
 		}
 	}
@@ -592,10 +592,10 @@ func TestSlowLayerHoldsNobodyUp(t *testing.T) {
 	running := l.refresh("slow")
 	close(release)
 	<-running
-	if got := l.get(t.Context(), "slow"); got.GetUsedBytes().GetValue() != 7 {
+	if got := l.get(t.Context(), "slow", LayerDeadline()); got.GetUsedBytes().GetValue() != 7 {
 		t.Errorf("after the measurement: %v", got)
 	}
-	l.get(t.Context(), "quick")
+	l.get(t.Context(), "quick", LayerDeadline())
 	if n := walks.Load(); n != 3 {
 		t.Errorf("%d walks for three layers, want 3: each is fresh for %s", n, layerAge)
 	}
@@ -610,9 +610,9 @@ func TestCloseEndsWalks(t *testing.T) {
 	}, "/")}
 	ctx, cancel := context.WithCancel(t.Context())
 	go func() { <-started; cancel() }()
-	c.layers.get(ctx, "a")
+	c.layers.get(ctx, "a", LayerDeadline())
 	c.Close()
-	if got := c.layers.get(t.Context(), "b"); got != nil {
+	if got := c.layers.get(t.Context(), "b", LayerDeadline()); got != nil {
 		t.Errorf("measured after Close: %v", got)
 	}
 }
