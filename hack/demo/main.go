@@ -198,7 +198,7 @@ func (d *demo) pod(ctx context.Context) error {
 		return err
 	}
 
-	d.screen.step("The sidecar has fetched the page over 127.0.0.1; its log, by way of CRI")
+	d.screen.step("The sidecar has fetched the page over localhost; its log, by way of CRI")
 	if err := d.awaitLog(ctx, "sidecar.log", "answered"); err != nil {
 		return err
 	}

@@ -9,7 +9,47 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/podshim/podshim/test/private"
 )
+
+// dial connects to a CRI endpoint.
+func dial(endpoint string) (*grpc.ClientConn, error) {
+	conn, err := grpc.NewClient(endpoint, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		return nil, fmt.Errorf("connect to runtime: %w", err)
+	}
+	return conn, nil
+}
+
+// onePod runs a pod, stops and removes it, and returns its ID.
+func onePod(ctx context.Context, o options, place *private.Place) (string, error) {
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	conn, err := dial(place.Endpoint())
+	if err != nil {
+		return "", err
+	}
+	defer conn.Close()
+	runtime := cri.NewRuntimeServiceClient(conn)
+	answer, err := runtime.RunPodSandbox(ctx, &cri.RunPodSandboxRequest{
+		RuntimeHandler: o.handler,
+		Config: &cri.PodSandboxConfig{
+			Metadata:     &cri.PodSandboxMetadata{Name: "first", Namespace: "critest", Uid: "first"},
+			LogDirectory: place.Path("tmp"),
+			Linux:        &cri.LinuxPodSandboxConfig{},
+		},
+	})
+	if err != nil {
+		return "", err
+	}
+	id := answer.GetPodSandboxId()
+	if _, err := runtime.StopPodSandbox(ctx, &cri.StopPodSandboxRequest{PodSandboxId: id}); err != nil {
+		return "", err
+	}
+	_, err = runtime.RemovePodSandbox(ctx, &cri.RemovePodSandboxRequest{PodSandboxId: id})
+	return id, err
+}
 
 // emptied asks the runtime whether it believes to be empty after the suite, and
 // removes the images, so that what is left of them can be seen. It returns
@@ -17,9 +57,9 @@ import (
 func emptied(ctx context.Context, o options, endpoint string) ([]string, error) {
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
-	conn, err := grpc.NewClient(endpoint, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	conn, err := dial(endpoint)
 	if err != nil {
-		return nil, fmt.Errorf("connect to runtime: %w", err)
+		return nil, err
 	}
 	defer conn.Close()
 	runtime, images := cri.NewRuntimeServiceClient(conn), cri.NewImageServiceClient(conn)

@@ -9,6 +9,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -104,9 +106,9 @@ func runOnce(ctx context.Context, o options, set *images.Set) (_ tally, err erro
 	if err != nil {
 		return tally{}, errors.Join(err, machine.Sweep(), fmt.Errorf("the daemon's log is %s", log.Name()))
 	}
-	idle, err := besideDaemon(scope).Held()
+	idle, err := standing(ctx, o, place, scope)
 	if err != nil {
-		return tally{}, errors.Join(err, daemon.Kill(), machine.Sweep())
+		return tally{}, errors.Join(err, daemon.Kill(), machine.Sweep(), fmt.Errorf("the daemon's log is %s", log.Name()))
 	}
 	fmt.Printf("%s: pid %d, seed %d\n", o.runtime, daemon.PID(), o.seed)
 	t, err := suites(ctx, o, place)
@@ -227,7 +229,8 @@ func leaksOf(scope machine.Scope, place *private.Place, empty, idle []machine.Th
 	if err != nil {
 		return nil, errors.Join(err, daemon.Kill())
 	}
-	leaks := machine.Leaks(append(idle, empty...), held)
+	expected := slices.Concat(empty, idle)
+	leaks := machine.Leaks(expected, held)
 	if err := daemon.Stop(); err != nil {
 		return leaks, err
 	}
@@ -239,13 +242,37 @@ func leaksOf(scope machine.Scope, place *private.Place, empty, idle []machine.Th
 	if err != nil {
 		return leaks, err
 	}
-	leaks = append(leaks, machine.Leaks(append(empty, leaks...), held)...)
+	leaks = append(leaks, machine.Leaks(slices.Concat(expected, leaks), held)...)
 	return leaks, place.KillMonitors()
 }
 
-// besideDaemon is the scope as it can be judged while the daemon is up: what
-// is the daemon's own, its processes and mounts, is left out.
+// besideDaemon is the scope as it can be judged while the daemon is up: all but
+// its processes.
 func besideDaemon(scope machine.Scope) machine.Scope {
-	scope.Parent, scope.Whole, scope.Dir = 0, false, ""
+	scope.Parent = 0
 	return scope
+}
+
+// standing is what there is once a pod has come and gone: what the runtime
+// makes once for all pods. That pod's own things would have its ID in their
+// names, and the suite's pods would leave the like of them under other IDs.
+func standing(ctx context.Context, o options, place *private.Place, scope machine.Scope) ([]machine.Thing, error) {
+	before, err := besideDaemon(scope).Held()
+	if err != nil {
+		return nil, err
+	}
+	id, err := onePod(ctx, o, place)
+	if err != nil {
+		return nil, fmt.Errorf("run a first pod: %w", err)
+	}
+	after, err := besideDaemon(scope).Held()
+	if err != nil {
+		return nil, err
+	}
+	for _, thing := range machine.Leaks(before, after) {
+		if strings.Contains(thing.Name, id) {
+			return nil, fmt.Errorf("the first pod left %v", thing)
+		}
+	}
+	return after, nil
 }
