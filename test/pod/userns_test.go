@@ -16,7 +16,10 @@ func TestUserNamespace(t *testing.T) {
 	const host, length = 1_000_000, 65536
 	mapping := []*cri.IDMapping{{HostId: host, ContainerId: 0, Length: length}}
 	options := &cri.UserNamespace{Mode: cri.NamespaceMode_POD, Uids: mapping, Gids: mapping}
-	n, p := start(t, podNamespaces(&cri.NamespaceOption{Pid: cri.NamespaceMode_CONTAINER, UsernsOptions: options}))
+	harness.NeedRoot(t)
+	t.Parallel()
+	n := harness.Start(t, harness.Options{})
+	p := n.RunPod(podNamespaces(&cri.NamespaceOption{Pid: cri.NamespaceMode_CONTAINER, UsernsOptions: options}))
 	inUser := security(func(s *cri.LinuxContainerSecurityContext) { s.NamespaceOptions.UsernsOptions = options })
 	volume, err := os.MkdirTemp(n.Volumes, "")
 	if err != nil {
