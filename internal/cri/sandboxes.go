@@ -142,14 +142,13 @@ func sandboxInfo(r *sandbox.Record) any {
 		State          sandbox.State             `json:"processStatus"`
 		Reason         string                    `json:"reason,omitempty"`
 		NetNS          string                    `json:"netNamespace,omitempty"`
-		UserNS         string                    `json:"userNamespace,omitempty"`
 		CgroupParent   string                    `json:"cgroupParent"`
 		RuntimeHandler string                    `json:"runtimeHandler"`
 		RuntimeType    string                    `json:"runtimeType"`
 		Config         *runtime.PodSandboxConfig `json:"config"`
 		CNIResult      json.RawMessage           `json:"cniResult,omitempty"`
 	}{
-		PID: r.Infra.PID, State: r.State, Reason: r.Reason, NetNS: r.Netns, UserNS: r.User,
+		PID: r.Infra.PID, State: r.State, Reason: r.Reason, NetNS: r.Netns,
 		CgroupParent: r.CgroupParent, RuntimeHandler: r.Handler, RuntimeType: runtimeName,
 		Config: r.Config, CNIResult: r.NetworkResult,
 	}

@@ -61,8 +61,12 @@ func labels(r *Record) (process, mount string, err error) {
 	return process, mount, nil
 }
 
-// userPin is where a pod's user namespace is pinned: in the folder of all
-// sandboxes, not in the sandbox's own, whose mounts come and go with it.
-func (m *Manager) userPin(id string) string {
-	return filepath.Join(m.RunDir, "userns-"+id[:16])
+// userPin is where a pod's user namespace is pinned until infra is in it, which
+// then holds it: beside the network namespace that it owns.
+func (m *Manager) userPin(id string) string { return m.netnsPin(id) + "-user" }
+
+// netnsPin is where a pod's network namespace is pinned. Only the first 16 digits
+// of the ID are used, so that `ip netns` stays readable.
+func (m *Manager) netnsPin(id string) string {
+	return filepath.Join(m.NetnsDir, "podshim-"+id[:16])
 }

@@ -115,6 +115,12 @@ func (m *Manager) build(ctx context.Context, s *Sandbox) error {
 	if err := g.Wait(); err != nil {
 		return err
 	}
+	if r.User != "" {
+		// Infra is in it and holds it from now on.
+		if err := cni.Remove(r.User); err != nil {
+			return fmt.Errorf("unpin user namespace: %w", err)
+		}
+	}
 	if err := m.writeHosts(r, network.IPs); err != nil {
 		return err
 	}
@@ -161,10 +167,8 @@ func (m *Manager) newRecord(cfg *runtime.PodSandboxConfig, handler string) *Reco
 	if r.CgroupParent == "" {
 		r.CgroupParent, r.OwnCgroup = m.ownCgroup(r.ID), true
 	}
-	// Where namespaces are pinned follows from the ID, and only the first 16 of
-	// its digits are used so that `ip netns` stays readable.
 	if !r.HostNetwork() {
-		r.Netns = filepath.Join(m.NetnsDir, "podshim-"+r.ID[:16])
+		r.Netns = m.netnsPin(r.ID)
 	}
 	if uids, _ := spec.IDMappings(cfg); len(uids) > 0 {
 		r.User = m.userPin(r.ID)
@@ -288,6 +292,9 @@ func (m *Manager) Pod(s *Sandbox) (spec.Pod, error) {
 	}
 	if own.UTS {
 		pod.UTS = of("uts")
+	}
+	if own.User {
+		pod.User = of("user")
 	}
 	return pod, nil
 }

@@ -61,7 +61,7 @@ type Record struct {
 	Infra     monitor.Process `json:"infra"`
 	InfraExit *monitor.Exit   `json:"infra_exit,omitempty"`
 	// Netns is where the network namespace is pinned; "" is the host's. User is
-	// the pinned user namespace; "" is the host's.
+	// where the user namespace is pinned until infra holds it; "" is the host's.
 	Netns string `json:"netns,omitempty"`
 	User  string `json:"user,omitempty"`
 	// CgroupParent is the pod's cgroup; OwnCgroup tells that it is podshim's to

@@ -22,8 +22,8 @@ const infraCPUShares = 2
 
 // ForInfra describes the infra container of a pod: a process that does nothing,
 // with no capabilities, a read-only root and no mounts but those given, in
-// whose namespaces the pod lives. It makes the pod's IPC, UTS and (when shared)
-// PID namespace, joins the network namespace made beforehand, and sets the
+// whose namespaces the pod lives. It makes the pod's IPC, UTS and PID namespace
+// (containers join the last only when it is shared), joins the network namespace made beforehand, and sets the
 // pod's hostname and sysctls in them.
 func ForInfra(i Infra) (*specs.Spec, error) {
 	if i.Pod.Config == nil {
@@ -145,6 +145,9 @@ func infraUser(sc *runtime.LinuxSandboxSecurityContext, user specs.User) specs.U
 // path exists already.
 func infraNamespaces(p Pod) []specs.LinuxNamespace {
 	own := Own(p.Config)
+	// Its own even where the pod's containers do not share it: a process that
+	// only sleeps has no business with the host's.
+	pid := podNamespaces(p.Config).GetPid() != runtime.NamespaceMode_NODE
 	out := []specs.LinuxNamespace{{Type: specs.MountNamespace}}
 	for _, ns := range []struct {
 		kind specs.LinuxNamespaceType
@@ -154,7 +157,7 @@ func infraNamespaces(p Pod) []specs.LinuxNamespace {
 		{specs.NetworkNamespace, own.Net, p.Netns},
 		{specs.IPCNamespace, own.IPC, p.IPC},
 		{specs.UTSNamespace, own.UTS, p.UTS},
-		{specs.PIDNamespace, own.PID, p.PID},
+		{specs.PIDNamespace, pid, p.PID},
 		{specs.UserNamespace, own.User, p.User},
 	} {
 		if ns.own {

@@ -102,14 +102,14 @@ func processCwd(config *runtime.ContainerConfig, image ocispec.ImageConfig) stri
 }
 
 // processUser adds the config's groups to the resolved user: under Merge to
-// those the image gives the user, under Strict in their place. Groups are
-// sorted and without repetition.
+// those the image gives the user, under Strict in their place. The primary group
+// is one of them, as a login has it. Groups are sorted and without repetition.
 func processUser(c Container) specs.User {
 	sc := c.Config.GetLinux().GetSecurityContext()
 	user := c.User
-	var groups []uint32
+	groups := []uint32{user.GID}
 	if sc.GetSupplementalGroupsPolicy() == runtime.SupplementalGroupsPolicy_Merge {
-		groups = slices.Clone(c.User.AdditionalGids)
+		groups = append(groups, c.User.AdditionalGids...)
 	}
 	for _, g := range sc.GetSupplementalGroups() {
 		groups = append(groups, uint32(g))
