@@ -168,7 +168,7 @@ func (s *scene) sandboxCases() []badCase {
 			c.Linux.SecurityContext.Seccomp = &cri.SecurityProfile{ProfileType: cri.SecurityProfile_Localhost, LocalhostRef: "/no/such/profile.json"}
 		}),
 		run("cgroup parent climbs", invalid, "cgroup_parent", func(c *cri.PodSandboxConfig) { c.Linux.CgroupParent = "/../../etc" }),
-		run("cgroup parent is a slice", invalid, "cgroup", func(c *cri.PodSandboxConfig) { c.Linux.CgroupParent = "kubepods-pod1.slice" }),
+		run("cgroup parent is a slice", invalid, "cgroup", func(c *cri.PodSandboxConfig) { c.Linux.CgroupParent = "/" + s.n.Name + "/kubepods-pod1.slice" }),
 		run("DNS server with a newline", invalid, "dns", func(c *cri.PodSandboxConfig) { c.DnsConfig.Servers = []string{"1.1.1.1\noptions x"} }),
 		run("group without user", invalid, "run_as_group", func(c *cri.PodSandboxConfig) {
 			c.Linux.SecurityContext.RunAsGroup = &cri.Int64Value{Value: 5}
