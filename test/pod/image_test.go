@@ -13,6 +13,7 @@ import (
 
 // An image is pulled, listed, seen under all its names, used and removed.
 func TestImages(t *testing.T) {
+	harness.NeedRoot(t)
 	n := harness.Start(t, harness.Options{NoPull: true})
 	reg, err := harness.LoopbackRegistry()
 	if err != nil {

@@ -7,8 +7,8 @@
 //	process_test.go    P11, P12: PID namespaces, the life and end of processes
 //	resources_test.go  P13, P14: states apart, cgroups, out of memory, stats
 //	container_test.go  what a container gets: user, rights, mounts, devices...
-//	stream_test.go     exec, attach and port-forward over SPDY, by crictl
-//	websocket_test.go  the same over WebSocket
+//	stream_test.go     exec, attach and port-forward by crictl, over SPDY and WebSocket
+//	websocket_test.go  the same over WebSocket v4
 //	log_test.go        CRI logs
 //	image_test.go      images
 //	restart_test.go    the daemon's plain restart and kill

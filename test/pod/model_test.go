@@ -83,8 +83,7 @@ func TestNamespacesOfAPod(t *testing.T) {
 			}
 		}
 	}
-	// infra holds a PID namespace only when the pod shares one.
-	for _, kind := range []string{"net", "ipc", "uts", "mnt"} {
+	for _, kind := range []string{"net", "ipc", "uts", "mnt", "pid"} {
 		if infra.Namespace(kind) == self.Namespace(kind) {
 			t.Errorf("infra has the host's %s namespace", kind)
 		}

@@ -133,6 +133,7 @@ func TestRuntimeHandler(t *testing.T) {
 
 // What an operator types.
 func TestCrictl(t *testing.T) {
+	harness.NeedRoot(t)
 	n := harness.Start(t, harness.Options{})
 	p := n.RunPod()
 	c := p.Shell("echo a line in the log; sleep 100000")

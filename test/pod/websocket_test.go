@@ -14,9 +14,8 @@ import (
 	"github.com/podshim/podshim/test/harness"
 )
 
-// crictl's WebSocket client speaks v5.channel.k8s.io, which kubelet translates
-// and the CRI server library does not know; critest and kubelet's own clients
-// speak v4, and so does this one.
+// The WebSocket protocol of critest and of clients before Kubernetes 1.30:
+// v4.channel.k8s.io, without a half-close. crictl speaks v5, see stream_test.go.
 
 // Channels of v4.channel.k8s.io: the first byte of each frame.
 const (
