@@ -67,7 +67,7 @@ unit: ## Tests of the packages, as root where they need it
 .PHONY: pod
 pod: build tools ## Pods on a real podshim, seen by the kernel
 	@$(need) $(NEED_TEST)
-	PODSHIM_BIN_DIR=$(BIN) PODSHIM_TOOLS_DIR=$(TOOLS) go test -count=1 -timeout 20m ./test/pod/...
+	PODSHIM_BIN_DIR=$(BIN) PODSHIM_TOOLS_DIR=$(TOOLS) go test -count=1 -timeout 20m ./test/harness/... ./test/pod/...
 
 .PHONY: critest
 critest: build tools images ## cri-tools' conformance suite, and a search for leaks

@@ -4,7 +4,9 @@ import (
 	"errors"
 	"fmt"
 	"path"
+	"strings"
 
+	"github.com/containerd/errdefs"
 	"github.com/opencontainers/cgroups"
 	"github.com/opencontainers/cgroups/manager"
 	"golang.org/x/sys/unix"
@@ -22,6 +24,19 @@ func (m *Manager) ownCgroup(id string) string {
 	// systemd reads "a-b.slice" as b within a.
 	base := path.Base(m.CgroupParent)
 	return base[:len(base)-len(path.Ext(base))] + "-" + id + ".slice"
+}
+
+// checkCgroupParent refuses a parent that is meant for the other cgroup driver:
+// kubelet and podshim have to agree on one (CRI RuntimeConfig).
+func (m *Manager) checkCgroupParent(parent string) error {
+	if parent == "" || strings.HasSuffix(path.Base(parent), ".slice") == m.Host.SystemdCgroup {
+		return nil
+	}
+	const field = "linux.cgroup_parent"
+	if m.Host.SystemdCgroup {
+		return fmt.Errorf("%s: %q is no slice, and podshim's cgroup driver is systemd: set the client's cgroup driver to systemd: %w", field, parent, errdefs.ErrInvalidArgument)
+	}
+	return fmt.Errorf("%s: %q is a systemd slice, and podshim's cgroup driver is cgroupfs: set the client's cgroup driver to cgroupfs: %w", field, parent, errdefs.ErrInvalidArgument)
 }
 
 // removeCgroup removes a pod's own cgroup; the gone is success.

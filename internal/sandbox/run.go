@@ -34,6 +34,9 @@ func (m *Manager) Run(ctx context.Context, cfg *runtime.PodSandboxConfig, handle
 	if _, ok := m.Handlers[handler]; !ok {
 		return "", fmt.Errorf("runtime_handler: no handler %q is configured (see [runtime.handlers] in podshim's configuration): %w", handler, errdefs.ErrInvalidArgument)
 	}
+	if err := m.checkCgroupParent(cfg.GetLinux().GetCgroupParent()); err != nil {
+		return "", err
+	}
 	raw, err := proto.MarshalOptions{Deterministic: true}.Marshal(cfg)
 	if err != nil {
 		return "", fmt.Errorf("encode config: %w", err)
@@ -109,7 +112,9 @@ func (m *Manager) build(ctx context.Context, s *Sandbox) error {
 		})
 	}
 	g.Go(func() (err error) {
-		infra, err = m.startInfra(gctx, r)
+		// Not cut short when the network fails: a start takes milliseconds, and a
+		// whole one is easier to give back than a half.
+		infra, err = m.startInfra(ctx, r)
 		return err
 	})
 	if err := g.Wait(); err != nil {

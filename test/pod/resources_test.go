@@ -162,7 +162,7 @@ func TestOutOfMemory(t *testing.T) {
 	}{
 		"PID 1":                        {strings.Fields(eat), 137, "OOMKilled"},
 		"child, PID 1 goes on":         {[]string{"sh", "-c", eat + "; exit 0"}, 0, "Completed"},
-		"child, PID 1 passes the code": {[]string{"sh", "-c", eat + "; exit $?"}, 137, "Error"},
+		"child, PID 1 passes the code": {[]string{"sh", "-c", eat + "; exit $?"}, 137, "OOMKilled"},
 	}
 	for name, tc := range cases {
 		t.Run(name, func(t *testing.T) {
