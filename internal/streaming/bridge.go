@@ -38,6 +38,7 @@ import (
 type Bridge struct {
 	streams Streams
 	ours    []*os.File // read and written by the copiers, closed by Close
+	outs    []*os.File // those of them that are read
 	theirs  []*os.File // for the process, closed by Started
 	stop    chan struct{}
 	once    sync.Once
@@ -138,16 +139,17 @@ func (b *Bridge) Started() {
 // Drained is closed when every output has ended and the client has it all.
 func (b *Bridge) Drained() <-chan struct{} { return b.drained() }
 
-// Drain waits, at most limit, for the rest of a process's output after its end:
-// what it left running may hold the outputs open forever.
+// Drain is called after a process's end and waits until the client has all that
+// it wrote, however slow the client is. What the process has left running may
+// hold the outputs open for ever: of its output the client gets what comes
+// within limit.
 func (b *Bridge) Drain(limit time.Duration) {
 	b.Started()
-	timer := time.NewTimer(limit)
-	defer timer.Stop()
-	select {
-	case <-b.Drained():
-	case <-timer.C:
+	for _, f := range b.outs {
+		// The error is that of a file that is closed.
+		_ = f.SetReadDeadline(time.Now().Add(limit))
 	}
+	<-b.Drained()
 }
 
 // hangUpLimit is how long a client may take to accept output that is on its
@@ -198,6 +200,7 @@ func (b *Bridge) pipe(process int) (theirs, ours *os.File, err error) {
 // the client is gone our end is closed: the process hears of it by SIGPIPE, on
 // a terminal by SIGHUP.
 func (b *Bridge) copyOutput(to io.Writer, from *os.File) {
+	b.outs = append(b.outs, from)
 	b.outputs.Go(func() {
 		buf := make([]byte, stdinChunk)
 		for {
@@ -208,11 +211,44 @@ func (b *Bridge) copyOutput(to io.Writer, from *os.File) {
 					return
 				}
 			}
+			if errors.Is(err, os.ErrDeadlineExceeded) {
+				copyRest(to, from, buf)
+			}
 			if err != nil {
 				return
 			}
 		}
 	})
+}
+
+// restLimit is the most that copyRest takes: the largest pipe that a process
+// can make of the one it was given (/proc/sys/fs/pipe-max-size).
+const restLimit = 1 << 20
+
+// copyRest passes on what is in a pipe or terminal already, without waiting for
+// more.
+func copyRest(to io.Writer, from *os.File, buf []byte) {
+	raw, err := from.SyscallConn()
+	if err != nil {
+		return
+	}
+	for left := restLimit; left > 0; {
+		n := 0
+		// Control does not care for the deadline, as Read would.
+		if raw.Control(func(fd uintptr) { n, err = unix.Read(int(fd), buf) }) != nil {
+			return // closed
+		}
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		if n <= 0 {
+			return
+		}
+		if _, err := to.Write(buf[:n]); err != nil {
+			return
+		}
+		left -= n
+	}
 }
 
 // copyInput copies until the client closes its input, and then calls ended.

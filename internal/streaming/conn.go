@@ -2,6 +2,8 @@ package streaming
 
 import (
 	"context"
+	"errors"
+	"io"
 	"net"
 	"os"
 	"sync"
@@ -50,10 +52,12 @@ type conn struct {
 	once     sync.Once
 	err      error
 
-	mu     sync.Mutex
-	closed bool
-	cancel context.CancelFunc
-	linger *time.Timer
+	mu      sync.Mutex
+	closed  bool
+	aborted bool
+	cancel  context.CancelFunc
+	linger  *time.Timer
+	rest    net.Conn // the same socket, while the client takes its leave
 }
 
 type connKey struct{}
@@ -86,15 +90,31 @@ func (c *conn) finish() {
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if !c.closed {
-		c.linger = time.AfterFunc(lingerLimit, func() { c.Close() })
+	if c.closed {
+		return
 	}
+	end := time.Now().Add(c.server.config.IdleTimeout)
+	c.linger = time.AfterFunc(lingerLimit, func() {
+		// The goodbye stands behind output that the client has yet to take.
+		if unsent(c.Conn) == 0 || time.Now().After(end) {
+			c.Close()
+			return
+		}
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		if !c.closed {
+			c.linger.Reset(lingerLimit)
+		}
+	})
 }
 
-// Close implements net.Conn.
+// Close implements net.Conn. The client is told, and gets all that has been
+// written: closing a socket at which its input still arrives would reset the
+// connection, and what is on its way to the client would be lost.
 func (c *conn) Close() error {
 	c.once.Do(func() {
 		c.server.watcher.remove(c) // while the descriptor is still ours
+		leaving := c.hijacked.Load() && c.part()
 		c.err = c.Conn.Close()
 		c.mu.Lock()
 		c.closed = true
@@ -105,11 +125,109 @@ func (c *conn) Close() error {
 			c.linger.Stop()
 		}
 		c.mu.Unlock()
-		c.server.mu.Lock()
-		delete(c.server.conns, c)
-		c.server.mu.Unlock()
+		if !leaving {
+			c.forget()
+		}
 	})
 	return c.err
+}
+
+// abort closes the connection at once: the client is gone, or has to go.
+func (c *conn) abort() {
+	c.mu.Lock()
+	c.aborted = true
+	rest := c.rest
+	c.mu.Unlock()
+	if rest != nil {
+		rest.Close()
+	}
+	c.Close()
+}
+
+// forget takes the connection from the server's books.
+func (c *conn) forget() {
+	c.server.mu.Lock()
+	delete(c.server.conns, c)
+	c.server.mu.Unlock()
+}
+
+// part ends our sending, and discards what the client still sends until it has
+// closed its side as well. It does that on a duplicate of the descriptor, so
+// that the connection itself can be closed, which wakes its readers. False when
+// there is nothing to wait for.
+func (c *conn) part() bool {
+	tcp, ok := c.Conn.(*net.TCPConn)
+	if !ok || !c.server.start() {
+		return false
+	}
+	rest, err := duplicate(tcp)
+	if err != nil {
+		c.server.work.Done()
+		return false
+	}
+	c.mu.Lock()
+	aborted := c.aborted
+	if !aborted {
+		c.rest = rest
+	}
+	c.mu.Unlock()
+	if aborted || tcp.CloseWrite() != nil {
+		rest.Close()
+		c.server.work.Done()
+		return false
+	}
+	go func() {
+		defer c.server.work.Done()
+		defer c.forget()
+		defer rest.Close()
+		awaitEnd(rest, c.server.config.IdleTimeout)
+	}()
+	return true
+}
+
+// awaitEnd discards what a client sends until it closes its side. One that does
+// not is given lingerLimit from when it has got all of what was sent to it, and
+// at most the limit in all.
+func awaitEnd(conn net.Conn, limit time.Duration) {
+	for end := time.Now().Add(limit); time.Now().Before(end); {
+		if conn.SetReadDeadline(time.Now().Add(lingerLimit)) != nil {
+			return
+		}
+		_, err := io.Copy(io.Discard, readOnly{conn})
+		if !errors.Is(err, os.ErrDeadlineExceeded) || unsent(conn) == 0 {
+			return
+		}
+	}
+}
+
+// duplicate returns a connection of its own to the same socket.
+func duplicate(tcp *net.TCPConn) (net.Conn, error) {
+	f, err := tcp.File()
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	return net.FileConn(f)
+}
+
+// unsent is how many bytes of what was written the client's kernel has not
+// taken; 0 when that cannot be known.
+func unsent(c net.Conn) int {
+	sc, ok := c.(syscall.Conn)
+	if !ok {
+		return 0
+	}
+	raw, err := sc.SyscallConn()
+	if err != nil {
+		return 0
+	}
+	n := 0
+	_ = raw.Control(func(fd uintptr) {
+		if queued, err := unix.IoctlGetInt(int(fd), unix.SIOCOUTQ); err == nil {
+			n = queued
+		}
+	})
+	return n
 }
 
 // watcher hears from the kernel that a peer has closed its end, for all
@@ -164,7 +282,7 @@ func (w *watcher) run(raw syscall.RawConn) {
 			return true
 		})
 		for _, c := range gone {
-			c.Close()
+			c.abort()
 		}
 		if err != nil {
 			return // closed

@@ -1,9 +1,9 @@
 // Package streaming serves exec, attach and port-forward: the CRI answers those
 // calls with a URL on this server, at which a client (kubelet, crictl) then
 // speaks SPDY or WebSocket. The protocols are k8s.io/cri-streaming's, but for
-// two newer ones that it does not know and client-go insists on: exec and attach
-// over v5.channel.k8s.io (v5.go), and SPDY in a WebSocket for port-forward
-// (tunnel.go). This package owns those, and what is around all.
+// port-forward over SPDY (forwards.go), and two newer ones that client-go insists
+// on: exec and attach over v5.channel.k8s.io (v5.go), and port-forward over SPDY
+// in a WebSocket (tunnel.go). This package owns those, and what is around all.
 //
 //   - A URL works once, for a minute, and cannot be guessed.
 //   - The context a Runtime gets ends when the client is gone, whether or not
@@ -32,6 +32,7 @@ import (
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 	"k8s.io/cri-streaming/pkg/streaming/portforward"
 	"k8s.io/cri-streaming/pkg/streaming/remotecommand"
+	"k8s.io/streaming/pkg/httpstream/wsstream"
 	utilexec "k8s.io/utils/exec"
 )
 
@@ -88,8 +89,8 @@ const (
 	maxTokens = 1000
 	// headerLimit is how long a client may take to send its request.
 	headerLimit = 10 * time.Second
-	// lingerLimit is how long a connection may take to say goodbye after its
-	// request is done.
+	// lingerLimit is how long a client that has all of its output may take to
+	// say goodbye after its request is done.
 	lingerLimit = 10 * time.Second
 )
 
@@ -198,7 +199,7 @@ func (s *Server) Close() error {
 	s.mu.Unlock()
 	err := s.http.Close()
 	for _, c := range conns {
-		c.Close() // hijacked ones are out of the HTTP server's sight
+		c.abort() // hijacked ones are out of the HTTP server's sight
 	}
 	s.work.Wait()
 	return errors.Join(err, s.watcher.close())
@@ -336,10 +337,15 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request) {
 			s.config.IdleTimeout, s.config.CreationTimeout, remotecommand.SupportedStreamingProtocols)
 	case *runtime.PortForwardRequest:
 		if prefers(r, protocolTunnel, channelProtocols) {
-			j.serveTunnel(w, r, m)
+			j.serveTunnel(w, r, m.GetPodSandboxId())
 			return
 		}
-		j.forwardPorts(w, r, m)
+		if !wsstream.IsWebSocketRequest(r) {
+			j.serveForwards(w, r, m.GetPodSandboxId())
+			return
+		}
+		portforward.ServePortForward(w, r, j, m.GetPodSandboxId(), "", &portforward.V4Options{Ports: m.GetPort()},
+			s.config.IdleTimeout, s.config.CreationTimeout, portforward.SupportedProtocols)
 	}
 }
 
@@ -372,26 +378,15 @@ func (j *job) attach(container string, s Streams) error {
 	return j.server.runtime.Attach(j.ctx, container, s)
 }
 
-// forwardPorts serves port-forward, over SPDY or the numbered channels.
-func (j *job) forwardPorts(w http.ResponseWriter, r *http.Request, m *runtime.PortForwardRequest) {
-	portforward.ServePortForward(w, r, j, m.GetPodSandboxId(), "", &portforward.V4Options{Ports: m.GetPort()},
-		j.server.config.IdleTimeout, j.server.config.CreationTimeout, portforward.SupportedProtocols)
-}
-
-// PortForward implements portforward.PortForwarder. With SPDY it runs on a
-// goroutine of the library's, which nobody else waits for.
+// PortForward implements portforward.PortForwarder, for WebSocket.
 func (j *job) PortForward(_ context.Context, sandbox, _ string, port int32, stream io.ReadWriteCloser) error {
-	if !j.server.start() {
-		return fmt.Errorf("the streaming server is closed: %w", errdefs.ErrUnavailable)
-	}
-	defer j.server.work.Done()
 	return j.server.runtime.PortForward(j.ctx, sandbox, port, stream)
 }
 
 // streams gives the Runtime what the request has asked for; the library hands
 // out WebSocket channels that nobody did.
 func (j *job) streams(in io.Reader, out, errs io.Writer, resize <-chan TerminalSize) Streams {
-	s := Streams{TTY: j.options.TTY, hangUp: func() { j.conn.Close() }}
+	s := Streams{TTY: j.options.TTY, hangUp: func() { j.conn.abort() }}
 	if j.options.Stdin {
 		j.stdin = newStdin(in)
 		s.Stdin = j.stdin

@@ -6,7 +6,6 @@ import (
 	"net/http"
 
 	"golang.org/x/net/websocket"
-	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 	"k8s.io/cri-streaming/pkg/streaming/portforward"
 	"k8s.io/streaming/pkg/httpstream"
 	"k8s.io/streaming/pkg/httpstream/spdy"
@@ -19,7 +18,7 @@ const protocolTunnel = spdy.HeaderSpdy31 + "+" + portforward.ProtocolV1Name
 
 // serveTunnel shakes hands for the WebSocket and leaves the rest to the
 // port-forward of SPDY, to which it looks like a request for an upgrade.
-func (j *job) serveTunnel(w http.ResponseWriter, r *http.Request, m *runtime.PortForwardRequest) {
+func (j *job) serveTunnel(w http.ResponseWriter, r *http.Request, sandbox string) {
 	acceptWebSocket(w, r, protocolTunnel, func(ws *websocket.Conn) {
 		ws.PayloadType = websocket.BinaryFrame
 		inner := r.Clone(r.Context())
@@ -27,7 +26,7 @@ func (j *job) serveTunnel(w http.ResponseWriter, r *http.Request, m *runtime.Por
 		inner.Header.Set(httpstream.HeaderConnection, httpstream.HeaderUpgrade)
 		inner.Header.Set(httpstream.HeaderUpgrade, spdy.HeaderSpdy31)
 		inner.Header.Set(httpstream.HeaderProtocolVersion, portforward.ProtocolV1Name)
-		j.forwardPorts(&tunnelWriter{header: http.Header{}, conn: ws}, inner, m)
+		j.serveForwards(&tunnelWriter{header: http.Header{}, conn: ws}, inner, sandbox)
 	})
 }
 
