@@ -894,3 +894,41 @@ func TestConcurrency(t *testing.T) {
 		t.Errorf("left: %v", left)
 	}
 }
+
+// Containers are deleted while execs are being started in them. A helper that
+// is killed half way must not keep PID 1 from ending.
+func TestDeleteDuringExec(t *testing.T) {
+	m := newMachine(t)
+	for i := range 10 {
+		id, p := m.start("exec sleep 1000")
+		var wg sync.WaitGroup
+		for range 4 {
+			wg.Go(func() {
+				out := newPipe(t)
+				x, err := m.Exec(t.Context(), monitor.ExecRequest{
+					ContainerID: id, Process: process("sh", "-c", "[ -e /bin/plain ] || echo escaped; exec sleep 1000"),
+					Stdout: out.w, Stderr: out.w,
+				})
+				out.w.Close()
+				if err == nil {
+					_, err = x.Wait(t.Context())
+				}
+				// libcontainer runs it on the host when the container is destroyed.
+				if said := out.all(t); said != "" {
+					t.Errorf("exec said %q", said)
+				}
+				if err != nil && !errdefs.IsFailedPrecondition(err) && !errdefs.IsNotFound(err) {
+					t.Log(err) // runc's words for a process that was killed half way
+				}
+			})
+		}
+		time.Sleep(time.Duration(i) * time.Millisecond) // hit different moments
+		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+		must(t, m.Delete(ctx, id))
+		cancel()
+		if p.Exists() {
+			t.Error("PID 1 is left")
+		}
+		wg.Wait()
+	}
+}

@@ -57,6 +57,7 @@ func (p Process) StartedAt() (time.Time, error) {
 // includes PID and name).
 const (
 	stateField     = 3 - 3
+	parentField    = 4 - 3
 	startTimeField = 22 - 3
 	exitCodeField  = 52 - 3
 )
@@ -96,4 +97,14 @@ func (p Process) ZombieStatus() (status uint32, ok bool) {
 		return 0, false
 	}
 	return uint32(code), true
+}
+
+// ZombieChild identifies pid when it is a zombie and a child of parent.
+func ZombieChild(pid, parent int) (Process, bool) {
+	fields, err := statFields(pid)
+	if err != nil || fields[stateField] != "Z" || fields[parentField] != strconv.Itoa(parent) {
+		return Process{}, false
+	}
+	start, err := strconv.ParseUint(fields[startTimeField], 10, 64)
+	return Process{PID: pid, StartTime: start}, err == nil
 }

@@ -65,6 +65,7 @@ type Config struct {
 type Manager struct {
 	Config
 	journal *stdio.Journal
+	reaper  reaper
 
 	mu         sync.Mutex
 	containers map[string]*Container
@@ -82,15 +83,19 @@ type Container struct {
 	ready   chan struct{}
 	err     error
 	rec     record
-	lc      *libcontainer.Container
 	process *libcontainer.Process // nil when adopted: PID 1 is not our child
 	cgroup  cgroups.Manager
 	pidfd   *os.File
 	output  *stdio.Output
 
-	// setting is held for writing while limits change, for reading while a
-	// process is started.
-	setting sync.RWMutex
+	// life is held for reading while a process is started in the container, and
+	// for writing while its limits change and while PID 1 is reaped. So the PID by
+	// which libcontainer joins the namespaces stays PID 1's.
+	life sync.RWMutex
+	// lc is nil once PID 1 has ended. It must not be used then: libcontainer
+	// starts a process in a destroyed container without any namespace, that is,
+	// on the host.
+	lc *libcontainer.Container
 
 	mu       sync.Mutex
 	handles  handles
@@ -319,16 +324,26 @@ func (c *Container) watch() {
 		c.log().WithError(err).Error("wait for pidfd")
 		at = time.Now()
 	}
-	status, known := c.reap()
+	oomKills := c.oomKills()
 	c.mu.Lock()
 	released := c.released
 	c.mu.Unlock()
+	if !released {
+		// Ends execs that are being started as well, or the lock would not come.
+		c.killLeftovers()
+	}
+	c.life.Lock()
+	status, known := c.reap()
+	lc := c.lc
+	c.lc, c.process = nil, nil // config and seccomp profile are large
+	c.life.Unlock()
 	if released {
+		c.m.reaper.clear(c)
 		return
 	}
 	exit := exitOf(status, known, at)
-	exit.OOMKilled = exit.Known && exit.Code == 128+int32(unix.SIGKILL) && c.oomKills() > 0
-	c.clear()
+	exit.OOMKilled = exit.Known && exit.Code == 128+int32(unix.SIGKILL) && oomKills > 0
+	c.clear(lc)
 	if err := save(c.dir, exitFile, exit); err != nil {
 		c.log().WithError(err).Error("record exit")
 	}
@@ -336,8 +351,8 @@ func (c *Container) watch() {
 	c.exit = &exit
 	c.handles.close()
 	c.pidfd.Close()
-	c.lc, c.process = nil, nil // config and seccomp profile are large
 	c.mu.Unlock()
+	c.m.reaper.clear(c)
 	close(c.gone)
 	c.m.OnExit(wire.Event{ID: c.ID, Exit: exit})
 }
@@ -363,20 +378,25 @@ func (c *Container) oomKills() uint64 {
 	return n
 }
 
-// clear kills what PID 1 has left behind, reads the output to its end, and
-// removes the cgroup and libcontainer's state.
-func (c *Container) clear() {
+// killLeftovers kills what PID 1 has left behind.
+func (c *Container) killLeftovers() {
 	ctx, cancel := context.WithTimeout(context.Background(), killLimit)
 	defer cancel()
 	if err := killAll(ctx, c.cgroup); err != nil {
 		c.log().WithError(err).Warn("kill leftovers")
 	}
+}
+
+// clear kills what was started at the last moment, reads the output to its end,
+// and removes the cgroup and libcontainer's state.
+func (c *Container) clear(lc *libcontainer.Container) {
+	c.killLeftovers()
 	if c.output != nil {
 		if err := c.output.Drain(drainLimit); err != nil {
 			c.log().WithError(err).Warn("close log")
 		}
 	}
-	if err := c.lc.Destroy(); err != nil {
+	if err := lc.Destroy(); err != nil {
 		c.log().WithError(err).Warn("remove container")
 	}
 }

@@ -2,6 +2,7 @@ package container
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"syscall"
 
@@ -76,23 +77,57 @@ func (c *Container) Exec(r wire.ExecRequest) (_ *Exec, err error) {
 	return e, nil
 }
 
-// runExec starts the process; limits do not change meanwhile.
+// runExec starts the process.
 func (c *Container) runExec(process *libcontainer.Process) error {
-	c.setting.RLock()
-	defer c.setting.RUnlock()
-	c.mu.Lock()
-	lc := c.lc
-	c.mu.Unlock()
-	if lc == nil {
+	c.life.RLock()
+	defer c.life.RUnlock()
+	if c.lc == nil || c.ended() {
 		return wire.Errorf(wire.ClassPrecondition, "exec: container %s has exited", c.ID)
 	}
-	if err := lc.Run(process); err != nil {
+	if err := c.lc.Run(process); err != nil {
+		err, known := classify("exec", err)
+		if !known {
+			c.m.reaper.suspect(c)
+			if c.hasExited() { // and was cleared before
+				c.m.reaper.clear(c)
+			}
+		}
 		if c.hasExited() || !c.rec.Process.Alive() {
 			return wire.Errorf(wire.ClassPrecondition, "exec: container %s has exited: %w", c.ID, err)
 		}
-		return classify("exec", err)
+		return err
 	}
-	return nil
+	return c.confined(process)
+}
+
+// ended tells whether PID 1 is dead, reaped or not.
+func (c *Container) ended() bool {
+	gone := true
+	_ = control(c.pidfd, func(fd int) error { gone = ended(fd); return nil }) // closed: gone
+	return gone
+}
+
+// confined makes sure that a process was not started on the host, and kills it
+// otherwise. Every container has a mount namespace of its own.
+func (c *Container) confined(process *libcontainer.Process) error {
+	pid, err := process.Pid()
+	if err != nil {
+		return err
+	}
+	ours, err := os.Readlink("/proc/self/ns/mnt")
+	if err != nil {
+		return err
+	}
+	theirs, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/mnt", pid))
+	if err != nil {
+		return nil // it has ended
+	}
+	if ours != theirs {
+		return nil
+	}
+	_ = process.Signal(unix.SIGKILL)
+	_, _ = process.Wait()
+	return fmt.Errorf("exec: process of container %s was not confined, and has been killed", c.ID)
 }
 
 // giveStdio hands the request's files to the process.

@@ -73,8 +73,9 @@ func rlimits(in []specs.POSIXRlimit) ([]configs.Rlimit, error) {
 }
 
 // classify gives runc's start errors, which are text from the other side of a
-// pipe, the class that callers decide by.
-func classify(attempt string, err error) error {
+// pipe, the class that callers decide by. Known errors are those of a helper that
+// got as far as looking for the program, and was waited for.
+func classify(attempt string, err error) (_ error, known bool) {
 	text := err.Error()
 	class := ""
 	isExec := strings.Contains(text, "exec: \"") || strings.Contains(text, "exec /")
@@ -87,7 +88,7 @@ func classify(attempt string, err error) error {
 		class = wire.ClassNotExecutable
 	}
 	if class == "" {
-		return fmt.Errorf("%s: %w", attempt, err)
+		return fmt.Errorf("%s: %w", attempt, err), false
 	}
-	return wire.Errorf(class, "%s: %w", attempt, err)
+	return wire.Errorf(class, "%s: %w", attempt, err), true
 }

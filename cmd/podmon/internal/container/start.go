@@ -6,10 +6,12 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"github.com/opencontainers/cgroups/manager"
 	"github.com/opencontainers/runc/libcontainer"
 	"github.com/opencontainers/runc/libcontainer/specconv"
+	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
 	"github.com/podshim/podshim/cmd/podmon/internal/crilog"
@@ -21,6 +23,12 @@ import (
 func (m *Manager) Start(ctx context.Context, r wire.StartRequest) (*Container, error) {
 	if r.Spec == nil || r.Spec.Process == nil || r.Spec.Root == nil || r.Spec.Linux == nil {
 		return nil, wire.Errorf(wire.ClassInvalid, "start %s: spec has no process, root or linux part", r.ID)
+	}
+	if !slices.ContainsFunc(r.Spec.Linux.Namespaces, func(ns specs.LinuxNamespace) bool {
+		return ns.Type == specs.MountNamespace && ns.Path == ""
+	}) {
+		// It is also what tells a process in the container from one on the host.
+		return nil, wire.Errorf(wire.ClassInvalid, "start %s: spec has no mount namespace of its own", r.ID)
 	}
 	c, err := m.claim(r.ID)
 	if err != nil {
@@ -68,7 +76,12 @@ func (c *Container) start(r wire.StartRequest) (err error) {
 	defer ends.close()
 	if err := c.lc.Run(process); err != nil {
 		c.terminate(process)
-		return classify("start", err)
+		err, known := classify("start", err)
+		if !known {
+			c.m.reaper.suspect(c)
+			c.m.reaper.clear(c) // it will not run; look for a while only
+		}
+		return err
 	}
 	c.process = process
 	if err := c.identify(process); err != nil {

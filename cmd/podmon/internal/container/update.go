@@ -1,6 +1,8 @@
 package container
 
 import (
+	"fmt"
+
 	"github.com/opencontainers/runc/libcontainer/specconv"
 	"github.com/opencontainers/runtime-spec/specs-go"
 
@@ -13,9 +15,6 @@ func (c *Container) Update(r *specs.LinuxResources) error {
 	if r == nil {
 		return wire.Errorf(wire.ClassInvalid, "update: no resources")
 	}
-	if c.hasExited() {
-		return wire.Errorf(wire.ClassNotFound, "update: container %s has exited", c.ID)
-	}
 	asked := *r
 	asked.Devices = nil
 	parsed, err := specconv.CreateCgroupConfig(&specconv.CreateOpts{
@@ -25,8 +24,11 @@ func (c *Container) Update(r *specs.LinuxResources) error {
 	if err != nil {
 		return wire.Errorf(wire.ClassInvalid, "update: %w", err)
 	}
-	c.setting.Lock()
-	defer c.setting.Unlock()
+	c.life.Lock()
+	defer c.life.Unlock()
+	if c.lc == nil {
+		return wire.Errorf(wire.ClassNotFound, "update: container %s has exited", c.ID)
+	}
 	config := c.lc.Config()
 	cgroup := *config.Cgroups
 	resources := *cgroup.Resources
@@ -83,7 +85,7 @@ func (c *Container) Update(r *specs.LinuxResources) error {
 	// what it was given.
 	resources.SkipDevices = false
 	if err != nil {
-		return classify("update", err)
+		return fmt.Errorf("update: %w", err)
 	}
 	return nil
 }
