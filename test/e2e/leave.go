@@ -1,0 +1,155 @@
+package e2e
+
+import (
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/podshim/podshim/test/harness"
+)
+
+// end removes every manifest, waits until kubelet has taken the pods down, and
+// ends kubelet. What podshim left is the harness's to find.
+func (k *Kubelet) end() {
+	files, _ := filepath.Glob(k.Manifests + "/*")
+	for _, file := range files {
+		if err := os.Remove(file); err != nil {
+			k.t.Errorf("remove manifest: %v", err)
+		}
+	}
+	// The last thing kubelet does for a pod is to remove its directory.
+	if !k.ask(func() bool { return len(k.podDirs()) == 0 }) {
+		k.t.Errorf("kubelet has not taken down the pods %v", k.podDirs())
+	}
+	k.Stop()
+	for _, line := range k.complaints() {
+		k.t.Errorf("kubelet logged an error: %s", line)
+	}
+	if k.t.Failed() {
+		k.t.Logf("kubelet's log:\n%s", k.tail(80))
+	}
+	k.removeLogLinks()
+	// kubelet mounts its directory onto itself, to make mounts in it propagate.
+	if err := unix.Unmount(k.Root, 0); err != nil && err != unix.EINVAL {
+		k.t.Errorf("unmount kubelet's directory, which must hold no mount now: %v", err)
+	}
+	if err := harness.RemoveCgroup(k.CgroupRoot + "/kubepods"); err != nil {
+		k.t.Errorf("remove kubelet's cgroups, which must be empty now: %v", err)
+	}
+}
+
+// podDirs lists kubelet's directories of pods.
+func (k *kubelet) podDirs() []string {
+	entries, _ := os.ReadDir(k.Root + "/pods")
+	var names []string
+	for _, e := range entries {
+		names = append(names, e.Name())
+	}
+	return names
+}
+
+// removeLogLinks removes what kubelet links in a directory that is the same for
+// every kubelet of a machine, as far as it leads to this one's logs.
+func (k *kubelet) removeLogLinks() {
+	links, _ := filepath.Glob("/var/log/containers/*.log")
+	for _, link := range links {
+		if target, err := os.Readlink(link); err == nil && strings.HasPrefix(target, k.Logs+"/") {
+			_ = os.Remove(link)
+		}
+	}
+}
+
+func (k *kubelet) logPath() string { return k.Dir + "/kubelet.log" }
+
+// Log is everything kubelet has logged.
+func (k *kubelet) Log() string {
+	data, _ := os.ReadFile(k.logPath())
+	return string(data)
+}
+
+// tail is the end of kubelet's log; with words, of the lines that hold one.
+func (k *kubelet) tail(lines int, words ...string) string {
+	var kept []string
+	for line := range strings.Lines(k.Log()) {
+		if len(words) == 0 || containsAny(line, words) {
+			kept = append(kept, line)
+		}
+	}
+	return strings.Join(kept[max(0, len(kept)-lines):], "")
+}
+
+func containsAny(s string, parts []string) bool {
+	for _, p := range parts {
+		if strings.Contains(s, p) {
+			return true
+		}
+	}
+	return false
+}
+
+// errorLine is klog's: severity, date, time, thread, source.
+var errorLine = regexp.MustCompile(`^[EF]\d{4} `)
+
+// complaints are the errors in kubelet's log that harmless does not explain.
+func (k *kubelet) complaints() []string {
+	var found []string
+	for line := range strings.Lines(k.Log()) {
+		if errorLine.MatchString(line) && !explained(line) {
+			found = append(found, strings.TrimSpace(line))
+		}
+	}
+	return found
+}
+
+func explained(line string) bool {
+	for _, pattern := range harmless {
+		if pattern.MatchString(line) {
+			return true
+		}
+	}
+	return false
+}
+
+// harmless are errors of kubelet that podshim has no part in.
+var harmless = []*regexp.Regexp{
+	// kubelet removes a pod's containers from two places, and asks for the status of
+	// what the other one has removed.
+	regexp.MustCompile(`"ContainerStatus from runtime service failed" err="rpc error: code = NotFound `),
+	// This machine's root may not raise limits.
+	regexp.MustCompile(`"Failed to set rlimit on max file handles" err="operation not permitted"`),
+	// At the start, before the first round of each.
+	regexp.MustCompile(`"Skipping pod synchronization" err="\[container runtime status check may not have completed yet`),
+	regexp.MustCompile(`"Image garbage collection failed once. Stats initialization may not have completed yet"`),
+	regexp.MustCompile(`"Failed to read data from checkpoint" err="checkpoint is not found"`),
+	// kubelet looks for its own process by a command that is not systemd's.
+	regexp.MustCompile(`"Failed to ensure process in container with oom score" err="failed to find pid namespace of init process"`),
+	// kubelet knows these labels of CRI-O alone; it ignores what it reports.
+	regexp.MustCompile(`failed to check if we have separate container filesystem. Ignoring.`),
+	// There is no API server.
+	regexp.MustCompile(`"failed to check if node is newer; using informer node"`),
+}
+
+// exists tells whether a path is there, links not followed.
+func exists(path string) bool {
+	_, err := os.Lstat(path)
+	return err == nil
+}
+
+// filesBelow lists the paths below a directory.
+func filesBelow(dir string) []string {
+	var found []string
+	_ = filepath.WalkDir(dir, func(path string, _ fs.DirEntry, err error) error {
+		if err == nil && path != dir {
+			found = append(found, path)
+		}
+		return nil
+	})
+	return found
+}
+
+var _ = fmt.Sprint

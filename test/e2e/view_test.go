@@ -1,0 +1,214 @@
+package e2e
+
+import (
+	"io"
+	"net/http"
+	"os"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+)
+
+// P1: a pod in the host's namespaces.
+func testHostNamespaces(t *testing.T, k *Kubelet) {
+	p := k.Run("host-namespaces")
+	p.WaitReady()
+	look, host := p.Process("look"), self(t)
+	for _, kind := range []string{"net", "pid", "ipc", "uts", "user"} {
+		if look.Namespace(kind) != host.Namespace(kind) {
+			t.Errorf("%s namespace is %s, the host's is %s", kind, look.Namespace(kind), host.Namespace(kind))
+		}
+	}
+	if look.Namespace("mnt") == host.Namespace("mnt") {
+		t.Error("the container has the host's mounts")
+	}
+	p.WaitLog("look", "pause")
+}
+
+// securityContext: a user, no capabilities, no way to gain any, a filter, a
+// read-only root.
+func testRestricted(t *testing.T, k *Kubelet) {
+	p := k.Run("restricted")
+	p.WaitReady()
+	c := p.Process("restricted")
+	log := p.WaitLog("restricted", "file\n")
+	for _, want := range []string{"uid=1000(tester) gid=1000(tester)", "2000", "3000", "Read-only file system"} {
+		if !strings.Contains(strings.ReplaceAll(log, "uid=1000 gid=1000", "uid=1000(tester) gid=1000(tester)"), want) {
+			t.Errorf("the container does not say %q:\n%s", want, log)
+		}
+	}
+	for field, want := range map[string]string{
+		"Uid": "1000\t1000\t1000\t1000", "Gid": "1000\t1000\t1000\t1000", "NoNewPrivs": "1", "Seccomp": "2",
+		"CapEff": "0000000000000000", "CapBnd": "0000000000000000", "CapPrm": "0000000000000000", "CapAmb": "0000000000000000",
+	} {
+		if got := c.Status(field); got != want {
+			t.Errorf("%s of the process is %q, want %q", field, got, want)
+		}
+	}
+	groups := strings.Fields(c.Status("Groups"))
+	for _, want := range []string{"2000", "3000"} {
+		if !strings.Contains(" "+strings.Join(groups, " ")+" ", " "+want+" ") {
+			t.Errorf("groups of the process are %v, want %s among them", groups, want)
+		}
+	}
+	root, _ := c.MountAt("/")
+	if !strings.Contains(" "+strings.Join(root.Options, " ")+" ", " ro ") {
+		t.Errorf("the root filesystem is mounted %v", root.Options)
+	}
+	if scratch, ok := c.MountAt("/scratch"); !ok || scratch.Type != "tmpfs" || !strings.Contains(strings.Join(scratch.Super, ","), "size=1024k") {
+		t.Errorf("scratch is %+v, want a tmpfs of 1 Mi", scratch)
+	}
+}
+
+// Names: hostname, /etc/hosts, /etc/resolv.conf.
+func testNames(t *testing.T, k *Kubelet) {
+	p := k.Run("names")
+	status := p.WaitReady()
+	log := p.WaitLog("look", "nameserver")
+	if !strings.HasPrefix(log, "alpha\n") {
+		t.Errorf("the host's name is not the pod's:\n%s", log)
+	}
+	resolv := p.Exec("look", "cat", "/etc/resolv.conf")
+	for _, want := range []string{"nameserver 192.0.2.1\nnameserver 192.0.2.2\n", "search one.example two.example\n", "options ndots:2\n"} {
+		if !strings.Contains(resolv, want) {
+			t.Errorf("resolv.conf has no %q:\n%s", want, resolv)
+		}
+	}
+	hosts := p.Exec("look", "cat", "/etc/hosts")
+	for _, want := range []string{"10.9.8.7\telsewhere\telsewhere.example", status.Status.PodIP + "\talpha", "127.0.0.1\tlocalhost"} {
+		if !strings.Contains(hosts, want) {
+			t.Errorf("/etc/hosts has no %q:\n%s", want, hosts)
+		}
+	}
+}
+
+// A user namespace of the pod, with ID-mapped volumes.
+func testUserNamespace(t *testing.T, k *Kubelet) {
+	p := k.Run("user-namespace")
+	status := p.WaitReady()
+	log := p.WaitLog("one", "done\n")
+	if !strings.HasPrefix(log, "uid=0") {
+		t.Errorf("the container is not root to itself:\n%s", log)
+	}
+	one, two := p.Process("one"), p.Process("two")
+	infra, _ := p.Infra()
+	host := self(t).Namespace("user")
+	if u := one.Namespace("user"); u == host || u != two.Namespace("user") || u != infra.Namespace("user") {
+		t.Errorf("user namespaces: host %s, infra %s, one %s, two %s", host, infra.Namespace("user"), u, two.Namespace("user"))
+	}
+	uid, err := strconv.Atoi(strings.Fields(one.Status("Uid"))[0])
+	if err != nil || uid < 65536 {
+		t.Errorf("root of the container is %d on the host, %v", uid, err)
+	}
+	listing := p.WaitLog("two", "file")
+	if fields := strings.Fields(linesWith(listing, "file")); len(fields) < 4 || fields[2] != "33" || fields[3] != "33" {
+		t.Errorf("the volume's file is, from the other container,\n%s", listing)
+	}
+	// On the host's disk the file is the mapped user's as kubelet wants it: 33.
+	path := k.Root + "/pods/" + status.Metadata.UID + "/volumes/kubernetes.io~empty-dir/shared/file"
+	if owner, err := ownerOf(path); err != nil || owner != 33 {
+		t.Errorf("on the host the volume's file belongs to %d, %v; an ID-mapped mount keeps 33", owner, err)
+	}
+}
+
+// P7: one directory, mounted where each container likes.
+func testVolume(t *testing.T, k *Kubelet) {
+	p := k.Run("volume")
+	p.WaitReady()
+	log := p.WaitLog("reader", "20")
+	p.WaitLog("reader", "Read-only file system")
+	if !strings.Contains(p.Exec("writer", "cat", "/out/now"), "20") {
+		t.Errorf("reader's log is %q", log)
+	}
+	if _, err := p.TryExec("reader", "touch", "/in/x"); err == nil {
+		t.Error("the reader may write")
+	}
+}
+
+// Volumes of many kinds.
+func testVolumes(t *testing.T, k *Kubelet) {
+	host := k.Dir + "/host-volume"
+	p := k.Run("volumes", "/tmp/podshim-volumes-example", host)
+	status := p.WaitReady()
+	log := p.WaitLog("look", "looked\n")
+	for _, want := range []string{`colour="blue"`, "67108864", "\nfile\n", "/usr/sbin/nginx"} {
+		if !strings.Contains(log, want) {
+			t.Errorf("the container does not say %q:\n%s", want, log)
+		}
+	}
+	look := p.Process("look")
+	for point, want := range map[string]string{"/memory": "tmpfs", "/image": "overlay"} {
+		if m, ok := look.MountAt(point); !ok || m.Type != want {
+			t.Errorf("%s is %+v, want type %s", point, m, want)
+		}
+	}
+	for _, point := range []string{"/pod-info", "/image"} {
+		if m, _ := look.MountAt(point); len(m.Options) == 0 || m.Options[0] != "ro" {
+			t.Errorf("%s is mounted %v, want read-only", point, m.Options)
+		}
+	}
+	if m, _ := look.MountAt("/memory"); !strings.Contains(strings.Join(m.Super, ","), "size=8192k") {
+		t.Errorf("the tmpfs has %v, want 8 Mi", m.Super)
+	}
+	if data, err := os.ReadFile(host + "/look"); err != nil || string(data) != "from look\n" {
+		t.Errorf("the host reads %q, %v", data, err)
+	}
+	part := k.Root + "/pods/" + status.Metadata.UID + "/volumes/kubernetes.io~empty-dir/disk/sub/file"
+	if data, err := os.ReadFile(part); err != nil || string(data) != "part\n" {
+		t.Errorf("what went through the subPath is %q, %v", data, err)
+	}
+	p.WaitLog("watcher", "saw the mount\n")
+	if !exists(host + "/mnt/here") {
+		t.Error("the host does not see the mount of the Bidirectional volume")
+	}
+	if _, ok := look.MountAt("/host/mnt"); ok {
+		t.Error("a volume without propagation has the mount as well")
+	}
+	mounter := p.Process("mounter")
+	p.Remove()
+	if err := mounter.WaitGone(Limit); err != nil {
+		t.Error(err)
+	}
+	if exists(host + "/mnt/here") {
+		t.Error("the host still has the mount that the container has unmounted")
+	}
+}
+
+// A hostPort leads to the pod.
+func testPorts(t *testing.T, k *Kubelet) {
+	p := k.Run("ports")
+	p.WaitReady()
+	for _, address := range []string{gateway(t, p) + ":8088", "127.0.0.1:8088"} {
+		resp, err := http.Get("http://" + address + "/")
+		if err != nil {
+			t.Errorf("the host's port: %v", err)
+			continue
+		}
+		body, _ := io.ReadAll(resp.Body)
+		_ = resp.Body.Close()
+		if !strings.Contains(string(body), "nginx") {
+			t.Errorf("%s answers %q", address, body)
+		}
+	}
+}
+
+// gateway is the host's address on the pods' bridge, as the pod knows it.
+func gateway(t *testing.T, p *Pod) string {
+	t.Helper()
+	for line := range strings.Lines(p.Exec("web", "ip", "route")) {
+		if fields := strings.Fields(line); len(fields) > 2 && fields[0] == "default" {
+			return fields[2]
+		}
+	}
+	t.Fatal("the pod has no default route")
+	return ""
+}
+
+func ownerOf(path string) (int, error) {
+	info, err := os.Stat(path)
+	if err != nil {
+		return -1, err
+	}
+	return int(info.Sys().(*syscall.Stat_t).Uid), nil
+}
