@@ -35,10 +35,9 @@ type Kind string
 const (
 	Sandboxes  Kind = "sandboxes"
 	Containers Kind = "containers"
-	Settings   Kind = "settings"
 )
 
-var kinds = []Kind{Sandboxes, Containers, Settings}
+var kinds = []Kind{Sandboxes, Containers}
 
 // Config says where the records are.
 type Config struct {
