@@ -43,7 +43,9 @@ func (c *client) status(t *testing.T) string {
 type want struct{ stdin, stdout, stderr, tty bool }
 
 // protocols are the ways to dial a URL.
-var protocols = map[string]func(*testing.T, string, want) *client{"spdy": dialSPDY, "websocket": dialWebSocket}
+var protocols = map[string]func(*testing.T, string, want) *client{
+	"spdy": dialSPDY, "websocket": dialWebSocket, "websocket v5": dialV5,
+}
 
 // spdyConn opens a SPDY connection of a subprotocol.
 func spdyConn(t *testing.T, url, protocol string) (httpstream.Connection, net.Conn) {
@@ -74,12 +76,25 @@ func spdyConn(t *testing.T, url, protocol string) (httpstream.Connection, net.Co
 	if !strings.HasPrefix(string(head), "HTTP/1.1 101 ") {
 		t.Fatalf("upgrade refused: %q", head)
 	}
-	conn, err := spdy.NewClientConnection(raw)
+	return spdyOver(t, raw), raw
+}
+
+// tunnelConn opens a SPDY connection in a WebSocket.
+func tunnelConn(t *testing.T, url, protocol string) (httpstream.Connection, net.Conn) {
+	t.Helper()
+	ws, raw := dialWS(t, url, "SPDY/3.1+"+protocol)
+	ws.PayloadType = websocket.BinaryFrame
+	return spdyOver(t, ws), raw
+}
+
+func spdyOver(t *testing.T, wire net.Conn) httpstream.Connection {
+	t.Helper()
+	conn, err := spdy.NewClientConnection(wire)
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { conn.Close() })
-	return conn, raw
+	return conn
 }
 
 func dialSPDY(t *testing.T, url string, w want) *client {
@@ -109,15 +124,14 @@ func dialSPDY(t *testing.T, url string, w want) *client {
 	return c
 }
 
-// wsChannels splits a WebSocket into its numbered channels.
-func wsChannels(t *testing.T, url string, n int) ([]io.Reader, func(byte) io.Writer, net.Conn) {
+// dialWS opens a WebSocket that may speak the given protocols.
+func dialWS(t *testing.T, url string, protocols ...string) (*websocket.Conn, net.Conn) {
 	t.Helper()
-	url = "ws" + strings.TrimPrefix(url, "http")
-	config, err := websocket.NewConfig(url, "http://localhost")
+	config, err := websocket.NewConfig("ws"+strings.TrimPrefix(url, "http"), "http://localhost")
 	if err != nil {
 		t.Fatal(err)
 	}
-	config.Protocol = []string{"v4.channel.k8s.io"}
+	config.Protocol = protocols
 	raw, err := net.Dial("tcp", config.Location.Host)
 	if err != nil {
 		t.Fatal(err)
@@ -127,6 +141,13 @@ func wsChannels(t *testing.T, url string, n int) ([]io.Reader, func(byte) io.Wri
 	if err != nil {
 		t.Fatal(err)
 	}
+	return ws, raw
+}
+
+// wsChannels splits a WebSocket into its numbered channels.
+func wsChannels(t *testing.T, url, protocol string, n int) ([]io.Reader, func(byte) io.Writer, net.Conn) {
+	t.Helper()
+	ws, raw := dialWS(t, url, protocol)
 	readers, writers := make([]io.Reader, n), make([]*io.PipeWriter, n)
 	for i := range n {
 		readers[i], writers[i] = io.Pipe()
@@ -170,7 +191,22 @@ func (w wsWriter) Write(p []byte) (int, error) {
 }
 
 func dialWebSocket(t *testing.T, url string, _ want) *client {
-	readers, writer, raw := wsChannels(t, url, 5)
+	return wsClient(t, url, "v4.channel.k8s.io")
+}
+
+func dialV5(t *testing.T, url string, _ want) *client {
+	c := wsClient(t, url, protocolV5)
+	signal := c.stdin.(wsWriter)
+	signal.channel = channelClose
+	c.closeStdin = func() error {
+		_, err := signal.Write([]byte{channelStdin})
+		return err
+	}
+	return c
+}
+
+func wsClient(t *testing.T, url, protocol string) *client {
+	readers, writer, raw := wsChannels(t, url, protocol, 5)
 	return &client{
 		stdin: writer(0), resize: writer(4), stdout: readers[1], stderr: readers[2], errors: readers[3], conn: raw,
 	}

@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	goruntime "runtime"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -19,6 +20,7 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/sirupsen/logrus"
+	"golang.org/x/net/websocket"
 	"golang.org/x/sys/unix"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
@@ -266,19 +268,24 @@ func TestExecLargeInput(t *testing.T) {
 
 // TestExecHalfClose: the end of the client's input ends the process's.
 func TestExecHalfClose(t *testing.T) {
-	s, _ := newServer(t)
-	c := start(t, s, dialSPDY, want{stdin: true, stdout: true}, "sort")
-	if _, err := io.WriteString(c.stdin, "b\na\n"); err != nil {
-		t.Fatal(err)
-	}
-	if err := c.closeStdin(); err != nil {
-		t.Fatal(err)
-	}
-	if out, err := io.ReadAll(c.stdout); err != nil || string(out) != "a\nb\n" {
-		t.Errorf("%q, %v", out, err)
-	}
-	if got := c.status(t); got != "Success" {
-		t.Errorf("status %q", got)
+	for _, name := range []string{"spdy", "websocket v5"} {
+		t.Run(name, func(t *testing.T) {
+			s, _ := newServer(t)
+			dial := protocols[name]
+			c := start(t, s, dial, want{stdin: true, stdout: true}, "sort")
+			if _, err := io.WriteString(c.stdin, "b\na\n"); err != nil {
+				t.Fatal(err)
+			}
+			if err := c.closeStdin(); err != nil {
+				t.Fatal(err)
+			}
+			if out, err := io.ReadAll(c.stdout); err != nil || string(out) != "a\nb\n" {
+				t.Errorf("%q, %v", out, err)
+			}
+			if got := c.status(t); got != "Success" {
+				t.Errorf("status %q", got)
+			}
+		})
 	}
 }
 
@@ -483,5 +490,92 @@ func TestRequestsAreValidated(t *testing.T) {
 		if err := get(); !errors.Is(err, errdefs.ErrInvalidArgument) || !strings.HasPrefix(err.Error(), name) {
 			t.Errorf("%s: %v", name, err)
 		}
+	}
+}
+
+// TestSlowClient: a client that goes on sending while it takes its output
+// slowly gets all of it, and how the command ended.
+func TestSlowClient(t *testing.T) {
+	each(t, func(t *testing.T, s *Server, l *local, dial func(*testing.T, string, want) *client) {
+		l.drain = time.Millisecond
+		const size = 12 << 20
+		c := start(t, s, dial, want{stdin: true, stdout: true}, "sh", "-c", fmt.Sprintf("head -c %d /dev/zero; exit 3", size))
+		stop := make(chan struct{})
+		var sender sync.WaitGroup
+		sender.Go(func() {
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+					if _, err := c.stdin.Write(make([]byte, 8192)); err != nil {
+						return
+					}
+				}
+			}
+		})
+		defer func() {
+			close(stop)
+			c.conn.Close()
+			sender.Wait()
+		}()
+		ended := make(chan string, 1)
+		go func() { ended <- c.status(t) }()
+		got, buf := 0, make([]byte, 64<<10)
+		for got < size {
+			n, err := c.stdout.Read(buf)
+			if err != nil {
+				t.Fatalf("after %d bytes: %v", got, err)
+			}
+			got += n
+			time.Sleep(2 * time.Millisecond) // the client is slow
+		}
+		if st := within(t, "status", ended); st != "NonZeroExitCode 3" {
+			t.Errorf("status %q", st)
+		}
+	})
+}
+
+// TestPreference: a client gets the protocol it likes best.
+func TestPreference(t *testing.T) {
+	for offer, want := range map[string]string{
+		"v5.channel.k8s.io, v4.channel.k8s.io": "v5.channel.k8s.io",
+		"v4.channel.k8s.io, v5.channel.k8s.io": "v4.channel.k8s.io",
+		"v9.channel.k8s.io, v5.channel.k8s.io": "v5.channel.k8s.io",
+	} {
+		s, _ := newServer(t)
+		r, err := s.GetExec(&runtime.ExecRequest{ContainerId: "c", Cmd: []string{"true"}, Stdout: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		ws, _ := dialWS(t, r.Url, strings.Split(offer, ", ")...)
+		if got := ws.Config().Protocol; len(got) != 1 || got[0] != want {
+			t.Errorf("%s: got %v", offer, got)
+		}
+	}
+}
+
+// TestBrokenFrames: a v5 client that breaks the protocol is sent away.
+func TestBrokenFrames(t *testing.T) {
+	for name, frame := range map[string][]byte{
+		"close of nothing": {channelClose},
+		"size":             append([]byte{channelResize}, "{"...),
+		"too large":        make([]byte, frameLimit+1),
+	} {
+		t.Run(name, func(t *testing.T) {
+			s, l := newServer(t)
+			r, err := s.GetExec(&runtime.ExecRequest{ContainerId: "c", Cmd: []string{"sleep", "1d"}, Stdin: true})
+			if err != nil {
+				t.Fatal(err)
+			}
+			ws, _ := dialWS(t, r.Url, protocolV5)
+			within(t, "start", l.started)
+			if err := websocket.Message.Send(ws, frame); err != nil {
+				t.Fatal(err)
+			}
+			if err := within(t, "end", l.returned); !errors.Is(err, context.Canceled) {
+				t.Errorf("ended with %v", err)
+			}
+		})
 	}
 }
