@@ -36,8 +36,9 @@ const (
 	operationLimit = 10 * time.Minute
 	// shutdownLimit is how long calls may take to end when podshim is stopped.
 	shutdownLimit = 10 * time.Second
-	// collectLimit bounds the collection of lost addresses at the start.
-	collectLimit = time.Minute
+	// collectLimit bounds what is cleaned up at the start. While plugins collect,
+	// no pod gets a network, so it is short; the next start goes on.
+	collectLimit = 5 * time.Second
 )
 
 // serve builds the daemon's parts, serves until ctx ends, and takes the parts
@@ -128,11 +129,12 @@ func (d *parts) run(name string) string  { return filepath.Join(d.cfg.Run, name)
 func (d *parts) root(name string) string { return filepath.Join(d.cfg.Root, name) }
 
 func (d *parts) makeDirs(context.Context) error {
-	// What containers' roots lie in must be traversable from a user namespace;
-	// what is private below has a directory of its own, mode 0700.
+	// A user namespace's root must get through to what is its own; every pod's and
+	// container's directory below lets nobody else in (host.PrivateDir).
 	for dir, mode := range map[string]os.FileMode{
 		d.cfg.Root: 0o711, d.cfg.Run: 0o711,
-		d.run("sandboxes"): 0o711, d.run("containers"): 0o711, d.root("containers"): 0o711,
+		d.run("sandboxes"): 0o711, d.root("sandboxes"): 0o711,
+		d.run("containers"): 0o711, d.root("containers"): 0o711,
 	} {
 		if err := os.MkdirAll(dir, mode); err != nil {
 			return err
@@ -157,7 +159,7 @@ func (d *parts) openImages(context.Context) (err error) {
 	d.images, err = image.Open(image.Config{
 		Root:                   d.root("images"),
 		HostsDirs:              d.cfg.Image.CertsDirs,
-		Pinned:                 d.cfg.Image.Pinned,
+		Pinned:                 pinned(d.cfg.Image),
 		MaxConcurrentDownloads: d.cfg.Image.MaxConcurrentDownloads,
 		NoProgressTimeout:      d.cfg.Image.PullProgressTimeout.Std(),
 		Log:                    d.entry("image"),
@@ -166,6 +168,15 @@ func (d *parts) openImages(context.Context) (err error) {
 		d.onClose(d.images.Close)
 	}
 	return err
+}
+
+// pinned are the images that kubelet's collector leaves alone: infra_image too, or
+// the next pod would have to wait for it.
+func pinned(cfg config.Image) []string {
+	if cfg.InfraImage == "" {
+		return cfg.Pinned
+	}
+	return append([]string{cfg.InfraImage}, cfg.Pinned...)
 }
 
 func (d *parts) openNetwork(context.Context) (err error) {
@@ -201,7 +212,7 @@ func (d *parts) openMonitor(ctx context.Context) error {
 
 // openPods reads what pods there are and goes on with them where the last
 // podshim has left off.
-func (d *parts) openPods(ctx context.Context) error {
+func (d *parts) openPods(context.Context) error {
 	records, err := state.Open(state.Config{
 		Database: d.root("state.db"), RunDir: d.run("state"), Log: d.entry("state"),
 	})
@@ -222,6 +233,7 @@ func (d *parts) openPods(ctx context.Context) error {
 	}
 	d.sandboxes, err = sandbox.NewManager(sandbox.Config{
 		RunDir:         d.run("sandboxes"),
+		RootDir:        d.root("sandboxes"),
 		NetnsDir:       d.cfg.Network.NetnsDir,
 		CgroupParent:   d.cfg.Cgroup.Parent,
 		OperationLimit: operationLimit,
@@ -258,7 +270,8 @@ func (d *parts) openPods(ctx context.Context) error {
 	d.onClose(within(d.containers.Close))
 	d.watchExits(exits)
 	d.events.Go(func() { d.collectNetworks(exits) })
-	return d.removeStrangers(ctx)
+	d.events.Go(func() { d.removeStrangers(exits) })
+	return nil
 }
 
 func (d *parts) infraRoot() (sandbox.InfraRoot, error) {
@@ -333,6 +346,10 @@ func (d *parts) pod(id string) (*sandbox.Record, []*container.Record) {
 // collectNetworks gives back the addresses of pods that no record knows: those
 // of a power cut's last moment. Nothing waits for it.
 func (d *parts) collectNetworks(ctx context.Context) {
+	if d.sandboxes.Unreadable() {
+		d.log.Warn("the networks of unknown pods are not given back: they may be those of unreadable records")
+		return
+	}
 	ctx, cancel := context.WithTimeout(ctx, collectLimit)
 	defer cancel()
 	if err := d.network.GC(ctx, d.sandboxes.Networked()); err != nil && ctx.Err() == nil {
@@ -341,18 +358,23 @@ func (d *parts) collectNetworks(ctx context.Context) {
 }
 
 // removeStrangers ends what the monitor runs and no record knows: a record is
-// written before its container is started, so these are of a removed one.
-func (d *parts) removeStrangers(ctx context.Context) error {
+// written before its container is started, so these are of a removed one. Nothing
+// waits for it, since what it kills may be beyond killing.
+func (d *parts) removeStrangers(ctx context.Context) {
 	for _, s := range d.monitor.List() {
 		if d.sandboxes.Owns(s.ID) || d.containers.Owns(s.ID) {
 			continue
 		}
-		d.log.WithField("container", s.ID).Warn("podmon runs a container that no record knows: removing it")
-		if err := d.monitor.Delete(ctx, s.ID); err != nil {
-			return fmt.Errorf("remove unknown container %s: %w", s.ID, err)
-		}
+		log := d.log.WithField("container", s.ID)
+		log.Warn("podmon runs a container that no record knows: removing it")
+		d.events.Go(func() {
+			ctx, cancel := context.WithTimeout(ctx, collectLimit)
+			defer cancel()
+			if err := d.monitor.Delete(ctx, s.ID); err != nil {
+				log.WithError(err).Error("remove unknown container")
+			}
+		})
 	}
-	return nil
 }
 
 func (d *parts) openServer(context.Context) error {

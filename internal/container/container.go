@@ -94,6 +94,17 @@ type Record struct {
 	User        specs.User     `json:"user"`
 	// Failed: Create did not succeed, and what it took could not be released yet.
 	Failed bool `json:"failed,omitempty"`
+	// Unended: Start failed, and what it started could not be ended yet.
+	Unended bool `json:"unended,omitempty"`
+	// Target is the container whose PID namespace is joined in PID mode TARGET,
+	// with its process: a PID alone may be another's by the time of Start.
+	Target *Target `json:"target,omitempty"`
+}
+
+// Target is a container whose PID namespace another one joins.
+type Target struct {
+	ID      string          `json:"id"`
+	Process monitor.Process `json:"process"`
 }
 
 // Container is one container.

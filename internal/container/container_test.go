@@ -112,7 +112,7 @@ func TestRecordsSurviveEncoding(t *testing.T) {
 func TestMergeOfResources(t *testing.T) {
 	old := &runtime.LinuxContainerResources{
 		CpuShares: 10, MemoryLimitInBytes: 100, CpusetCpus: "0",
-		HugepageLimits: []*runtime.HugepageLimit{{PageSize: "2MB", Limit: 1}},
+		HugepageLimits: []*runtime.HugepageLimit{{PageSize: "2MB", Limit: 1}, {PageSize: "1GB", Limit: 3}},
 		Unified:        map[string]string{"memory.high": "1"},
 	}
 	got := merge(old, &runtime.LinuxContainerResources{
@@ -122,7 +122,7 @@ func TestMergeOfResources(t *testing.T) {
 	})
 	want := &runtime.LinuxContainerResources{
 		CpuShares: 10, MemoryLimitInBytes: 200, CpusetCpus: "0",
-		HugepageLimits: []*runtime.HugepageLimit{{PageSize: "2MB", Limit: 2}},
+		HugepageLimits: []*runtime.HugepageLimit{{PageSize: "2MB", Limit: 2}, {PageSize: "1GB", Limit: 3}},
 		Unified:        map[string]string{"memory.high": "1", "memory.min": "2"},
 	}
 	if !proto.Equal(got, want) {
@@ -130,5 +130,37 @@ func TestMergeOfResources(t *testing.T) {
 	}
 	if old.MemoryLimitInBytes != 100 {
 		t.Error("the old resources were changed")
+	}
+}
+
+// kubelet's retry of a CreateContainer that it gave up on.
+func TestEssence(t *testing.T) {
+	config := func(termination string, envs ...string) *runtime.ContainerConfig {
+		c := &runtime.ContainerConfig{
+			Annotations: map[string]string{"io.kubernetes.container.terminationMessagePath": "/dev/termination-log"},
+			Mounts: []*runtime.Mount{
+				{ContainerPath: "/data", HostPath: "/a"},
+				{ContainerPath: "/dev/termination-log", HostPath: termination},
+			},
+		}
+		for _, e := range envs {
+			c.Envs = append(c.Envs, &runtime.KeyValue{Key: e, Value: []byte(e)})
+		}
+		return c
+	}
+	first := config("/pods/1/abc", "A", "B")
+	if retry := config("/pods/1/def", "B", "A"); !proto.Equal(essence(first), essence(retry)) {
+		t.Error("a retry is not seen to be the same")
+	}
+	if other := config("/pods/1/abc", "A", "C"); proto.Equal(essence(first), essence(other)) {
+		t.Error("another environment is not seen to be another")
+	}
+	other := config("/pods/1/abc", "A", "B")
+	other.Mounts[0].HostPath = "/b"
+	if proto.Equal(essence(first), essence(other)) {
+		t.Error("another mount is not seen to be another")
+	}
+	if first.Mounts[1].HostPath == "" {
+		t.Error("the config itself was changed")
 	}
 }

@@ -4,9 +4,12 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -16,6 +19,7 @@ import (
 
 	"github.com/podshim/podshim/internal/flight"
 	"github.com/podshim/podshim/internal/host"
+	"github.com/podshim/podshim/internal/ids"
 	"github.com/podshim/podshim/internal/image"
 	"github.com/podshim/podshim/internal/rootfs"
 	"github.com/podshim/podshim/internal/sandbox"
@@ -41,7 +45,7 @@ func (m *Manager) Create(ctx context.Context, sandboxID string, cfg *runtime.Con
 	if err := samePod(podConfig, s.Get().Config); err != nil {
 		return "", err
 	}
-	raw, err := proto.MarshalOptions{Deterministic: true}.Marshal(cfg)
+	raw, err := proto.MarshalOptions{Deterministic: true}.Marshal(essence(cfg))
 	if err != nil {
 		return "", fmt.Errorf("encode config: %w", err)
 	}
@@ -51,18 +55,31 @@ func (m *Manager) Create(ctx context.Context, sandboxID string, cfg *runtime.Con
 	})
 }
 
-// samePod refuses a container meant for another pod than its sandbox is of.
-// kubelet sends the pod's config again (CRI CreateContainerRequest.sandbox_config);
-// podshim goes by the one the sandbox was made with.
+// essence is what makes two configs ask for the same container. kubelet orders
+// the environment anew each time that it builds a config, and gives every try
+// its own file for the termination message, so that its retries never have equal
+// bytes.
+func essence(cfg *runtime.ContainerConfig) *runtime.ContainerConfig {
+	out := proto.Clone(cfg).(*runtime.ContainerConfig)
+	slices.SortStableFunc(out.Envs, func(a, b *runtime.KeyValue) int { return strings.Compare(a.GetKey(), b.GetKey()) })
+	termination := cfg.GetAnnotations()["io.kubernetes.container.terminationMessagePath"]
+	for _, m := range out.Mounts {
+		if termination != "" && m.GetContainerPath() == termination {
+			m.HostPath = ""
+		}
+	}
+	return out
+}
+
+// samePod refuses a container meant for another pod than its sandbox is of, or
+// for another attempt. kubelet sends the pod's config again (CRI
+// CreateContainerRequest.sandbox_config); podshim goes by the one the sandbox was
+// made with.
 func samePod(again, original *runtime.PodSandboxConfig) error {
-	if again.GetMetadata() == nil {
+	if again.GetMetadata() == nil || proto.Equal(again.GetMetadata(), original.GetMetadata()) {
 		return nil
 	}
-	if again.GetMetadata().GetUid() != original.GetMetadata().GetUid() {
-		return fmt.Errorf("sandbox_config.metadata.uid: %q is not the sandbox's pod %q: %w",
-			again.GetMetadata().GetUid(), original.GetMetadata().GetUid(), errdefs.ErrInvalidArgument)
-	}
-	return nil
+	return fmt.Errorf("sandbox_config.metadata: %v is not the sandbox's %v: %w", again.GetMetadata(), original.GetMetadata(), errdefs.ErrInvalidArgument)
 }
 
 func (m *Manager) create(ctx context.Context, s *sandbox.Sandbox, cfg *runtime.ContainerConfig) (string, error) {
@@ -71,7 +88,7 @@ func (m *Manager) create(ctx context.Context, s *sandbox.Sandbox, cfg *runtime.C
 		return "", fmt.Errorf("image.image: %w", err)
 	}
 	r := &Record{
-		ID:        newID(),
+		ID:        ids.New(),
 		SandboxID: s.Get().ID,
 		Name:      name(s.Get().ID, cfg),
 		Config:    cfg,
@@ -80,7 +97,8 @@ func (m *Manager) create(ctx context.Context, s *sandbox.Sandbox, cfg *runtime.C
 		State:     Creating,
 		CreatedAt: time.Now(),
 	}
-	if cfg.GetLogPath() != "" {
+	// Without a directory there is no log, as crictl's users have it.
+	if cfg.GetLogPath() != "" && s.Get().Config.GetLogDirectory() != "" {
 		r.LogRoot, r.LogPath = s.Get().Config.GetLogDirectory(), cfg.GetLogPath()
 	}
 	existing, err := m.reserve(r)
@@ -116,10 +134,15 @@ func (m *Manager) create(ctx context.Context, s *sandbox.Sandbox, cfg *runtime.C
 // container Created; whatever fails before is given back by release.
 func (m *Manager) build(ctx context.Context, c *Container, pod spec.Pod, handler string, img image.Image) error {
 	r := c.Get()
+	h, ok := m.Handlers[handler]
+	if !ok {
+		return fmt.Errorf("runtime handler %q of the sandbox is not configured any more: %w", handler, errdefs.ErrFailedPrecondition)
+	}
 	root := m.rootfs(r.ID)
-	// Traversable, as the sandbox's folder is.
-	if err := os.MkdirAll(root, 0o711); err != nil {
-		return fmt.Errorf("make container directory: %w", err)
+	for _, dir := range []string{m.runDir(r.ID), m.rootDir(r.ID)} {
+		if err := host.PrivateDir(dir, pod.GIDMappings); err != nil {
+			return fmt.Errorf("make container directory: %w", err)
+		}
 	}
 	mounts, err := m.Images.Prepare(ctx, r.ID, img, idMapping(pod)...)
 	if err != nil {
@@ -145,7 +168,7 @@ func (m *Manager) build(ctx context.Context, c *Container, pod spec.Pod, handler
 	if err != nil {
 		return err
 	}
-	target, err := m.targetPID(r)
+	target, err := m.target(r)
 	if err != nil {
 		return err
 	}
@@ -156,10 +179,10 @@ func (m *Manager) build(ctx context.Context, c *Container, pod spec.Pod, handler
 		Volumes:     volumes,
 		Sources:     sources,
 		Devices:     devices,
-		TargetPID:   target,
+		TargetPID:   target.namespace(),
 		ReadSeccomp: host.ReadSeccomp,
 		Host:        m.Host,
-		Handler:     m.Handlers[handler],
+		Handler:     h,
 	})
 	if err != nil {
 		return err
@@ -174,6 +197,7 @@ func (m *Manager) build(ctx context.Context, c *Container, pod spec.Pod, handler
 		r.CgroupsPath = oci.Linux.CgroupsPath
 		r.User = oci.Process.User
 		r.StopSignal = spec.StopSignal(r.Config, img.Config)
+		r.Target = target
 	})
 }
 
@@ -197,7 +221,7 @@ func (m *Manager) giveUp(ctx context.Context, c *Container, cause error) error {
 	if uerr := m.transition(c, Exited, func(r *Record) { r.Failed, r.Message = true, cause.Error() }); uerr != nil {
 		m.log(r).WithError(uerr).Error("record of a failed container")
 	}
-	m.wakeJanitor()
+	m.janitor.Wake()
 	return cause
 }
 
@@ -213,7 +237,7 @@ func (m *Manager) reserve(r *Record) (existing string, err error) {
 	}
 	if c := m.byID[holder]; c != nil {
 		old := c.Get()
-		if old.State == Created && old.ImageID == r.ImageID && proto.Equal(old.Config, r.Config) {
+		if old.State == Created && old.ImageID == r.ImageID && proto.Equal(essence(old.Config), essence(r.Config)) {
 			return holder, nil
 		}
 	}
@@ -222,25 +246,41 @@ func (m *Manager) reserve(r *Record) (existing string, err error) {
 		md.GetName(), md.GetAttempt(), holder, errdefs.ErrAlreadyExists)
 }
 
-// targetPID is the PID namespace to join in mode TARGET.
-func (m *Manager) targetPID(r *Record) (string, error) {
+// target is the container whose PID namespace is to be joined in mode TARGET; nil
+// in the other modes.
+func (m *Manager) target(r *Record) (*Target, error) {
 	ns := r.Config.GetLinux().GetSecurityContext().GetNamespaceOptions()
 	if ns.GetPid() != runtime.NamespaceMode_TARGET {
-		return "", nil
+		return nil, nil
 	}
 	const field = "linux.security_context.namespace_options.target_id"
-	t, err := m.Get(ns.GetTargetId())
+	c, err := m.Get(ns.GetTargetId())
 	if err != nil {
-		return "", fmt.Errorf("%s: %w: %w", field, errdefs.ErrInvalidArgument, err)
+		return nil, fmt.Errorf("%s: %w: %w", field, errdefs.ErrInvalidArgument, err)
 	}
-	target := t.Get()
-	if target.SandboxID != r.SandboxID {
-		return "", fmt.Errorf("%s: container %s is of another pod: %w", field, target.ID, errdefs.ErrInvalidArgument)
+	if c.Get().SandboxID != r.SandboxID {
+		return nil, fmt.Errorf("%s: container %s is of another pod: %w", field, c.Get().ID, errdefs.ErrInvalidArgument)
 	}
-	if target.State != Running {
-		return "", fmt.Errorf("%s: container %s is not running: %w", field, target.ID, errdefs.ErrFailedPrecondition)
+	t := &Target{ID: c.Get().ID, Process: c.Get().Process}
+	if err := t.check(c.Get()); err != nil {
+		return nil, fmt.Errorf("%s: %w", field, err)
 	}
-	return fmt.Sprintf("/proc/%d/ns/pid", target.Process.PID), nil
+	return t, nil
+}
+
+// check makes sure that the target still runs as the process that it was.
+func (t *Target) check(now *Record) error {
+	if now.State != Running || now.Process != t.Process || !now.Process.Alive() {
+		return fmt.Errorf("target container %s is not running (any more): %w", t.ID, errdefs.ErrFailedPrecondition)
+	}
+	return nil
+}
+
+func (t *Target) namespace() string {
+	if t == nil {
+		return ""
+	}
+	return fmt.Sprintf("/proc/%d/ns/pid", t.Process.PID)
 }
 
 func idMapping(pod spec.Pod) []image.SnapshotOpt {
@@ -280,8 +320,14 @@ func (m *Manager) saveSpec(id string, oci *specs.Spec) error {
 	if err != nil {
 		return fmt.Errorf("encode spec: %w", err)
 	}
-	if err := os.WriteFile(m.specPath(id), raw, 0o600); err != nil {
-		return fmt.Errorf("write spec: %w", err)
+	// Renamed into place: execs read it at any time.
+	early := m.specPath(id) + ".new"
+	err = os.WriteFile(early, raw, 0o600)
+	if err == nil {
+		err = os.Rename(early, m.specPath(id))
+	}
+	if err != nil {
+		return errors.Join(fmt.Errorf("write spec: %w", err), os.RemoveAll(early))
 	}
 	return nil
 }

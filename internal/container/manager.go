@@ -2,12 +2,9 @@ package container
 
 import (
 	"context"
-	"crypto/rand"
-	"encoding/hex"
 	"fmt"
 	"os"
 	"path/filepath"
-	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -18,7 +15,9 @@ import (
 	"github.com/sirupsen/logrus"
 
 	"github.com/podshim/podshim/internal/flight"
+	"github.com/podshim/podshim/internal/ids"
 	"github.com/podshim/podshim/internal/image"
+	"github.com/podshim/podshim/internal/janitor"
 	"github.com/podshim/podshim/internal/keylock"
 	"github.com/podshim/podshim/internal/monitor"
 	"github.com/podshim/podshim/internal/sandbox"
@@ -84,40 +83,35 @@ type Manager struct {
 	bySandbox map[string]map[string]*Container
 	names     map[string]string // reserved name to ID
 
-	leftovers chan struct{} // wakes the janitor
-	close     context.CancelFunc
-	janitor   sync.WaitGroup
+	// unreadable are the IDs of records that make no sense: what they stand for
+	// may run, and is nobody else's.
+	unreadable map[string]bool
+
+	janitor *janitor.Janitor
 }
 
 // NewManager reads the records and compares them with what the monitor runs.
 func NewManager(cfg Config) (*Manager, error) {
-	ctx, cancel := context.WithCancel(context.Background())
 	m := &Manager{
-		Config:    cfg,
-		byID:      make(map[string]*Container),
-		bySandbox: make(map[string]map[string]*Container),
-		names:     make(map[string]string),
-		leftovers: make(chan struct{}, 1),
-		close:     cancel,
+		Config:     cfg,
+		byID:       make(map[string]*Container),
+		bySandbox:  make(map[string]map[string]*Container),
+		names:      make(map[string]string),
+		unreadable: make(map[string]bool),
 	}
 	m.flights.Limit = cfg.OperationLimit
 	if err := m.load(); err != nil {
-		cancel()
 		return nil, err
 	}
-	m.janitor.Go(func() { m.releaseLeftovers(ctx) })
+	m.janitor = janitor.Start(m.leftovers, m.releaseLeftover)
 	return m, nil
 }
 
 // Close waits until the operations that run are over, or ctx is: what is cut off
 // then the next podshim finds on record. Containers go on.
 func (m *Manager) Close(ctx context.Context) error {
-	m.close()
-	err := m.flights.Wait(ctx)
-	if err == nil {
-		m.janitor.Wait()
-	}
-	return err
+	m.janitor.Close()
+	return m.flights.Wait(ctx)
 }
 
 func (m *Manager) load() error {
@@ -128,7 +122,8 @@ func (m *Manager) load() error {
 	for id, raw := range m.Records.Take(state.Containers) {
 		r, err := decode(raw)
 		if err != nil {
-			m.Log.WithError(err).WithField("container", id).Error("a container's record cannot be read: left out")
+			m.Log.WithError(err).WithField("container", id).Error("a container's record cannot be read: what it stands for is left alone")
+			m.unreadable[id] = true
 			continue
 		}
 		c := newContainer(r)
@@ -150,6 +145,9 @@ func (m *Manager) recheck(c *Container, known map[string]monitor.Status) error {
 	switch {
 	case r.State == Creating:
 		return m.update(c, func(r *Record) { r.State, r.Failed = Exited, true })
+	case r.State == Exited && monitored && status.Exit == nil:
+		// Its Start failed, and so did ending what was started.
+		return m.update(c, func(r *Record) { r.Unended = true })
 	case r.State == Running && !monitored:
 		return m.exited(c, monitor.Exit{At: time.Now()}, "podshim found no process of it when it started")
 	case r.State == Running && status.Exit != nil:
@@ -198,32 +196,17 @@ func (m *Manager) unreserve(r *Record) {
 	}
 }
 
-// visible tells whether clients are shown a container.
-func visible(r *Record) bool { return r.State != Creating && !r.Failed }
+// shown tells whether clients see a container.
+func (c *Container) shown() bool {
+	r := c.Get()
+	return r.State != Creating && !r.Failed
+}
 
 // Get returns the container with this ID or unique prefix of an ID.
 func (m *Manager) Get(id string) (*Container, error) {
 	m.mu.RLock()
 	defer m.mu.RUnlock()
-	if c, ok := m.byID[id]; ok && visible(c.Get()) {
-		return c, nil
-	}
-	var found *Container
-	if id != "" {
-		for full, c := range m.byID {
-			if !strings.HasPrefix(full, id) || !visible(c.Get()) {
-				continue
-			}
-			if found != nil {
-				return nil, fmt.Errorf("container ID prefix %q is not unique: %w", id, errdefs.ErrInvalidArgument)
-			}
-			found = c
-		}
-	}
-	if found == nil {
-		return nil, fmt.Errorf("container %q: %w", id, errdefs.ErrNotFound)
-	}
-	return found, nil
+	return ids.Find(m.byID, id, "container", (*Container).shown)
 }
 
 // List returns all containers, in no order.
@@ -232,8 +215,8 @@ func (m *Manager) List() []*Record {
 	defer m.mu.RUnlock()
 	all := make([]*Record, 0, len(m.byID))
 	for _, c := range m.byID {
-		if r := c.Get(); visible(r) {
-			all = append(all, r)
+		if c.shown() {
+			all = append(all, c.Get())
 		}
 	}
 	return all
@@ -243,8 +226,8 @@ func (m *Manager) List() []*Record {
 func (m *Manager) InSandbox(id string) []*Record {
 	var all []*Record
 	for _, c := range m.ofSandbox(id) {
-		if r := c.Get(); visible(r) {
-			all = append(all, r)
+		if c.shown() {
+			all = append(all, c.Get())
 		}
 	}
 	return all
@@ -261,23 +244,12 @@ func (m *Manager) ofSandbox(id string) []*Container {
 	return all
 }
 
-// Owns tells whether id is a container, also one that is being made.
+// Owns tells whether id is a container, also one that is being made or whose
+// record cannot be read.
 func (m *Manager) Owns(id string) bool {
 	m.mu.RLock()
 	defer m.mu.RUnlock()
-	return m.byID[id] != nil
-}
-
-// UsesImage tells whether a container's root or image volume is of this image.
-func (m *Manager) UsesImage(id string) bool {
-	m.mu.RLock()
-	defer m.mu.RUnlock()
-	for _, c := range m.byID {
-		if c.Get().ImageID == id {
-			return true
-		}
-	}
-	return false
+	return m.byID[id] != nil || m.unreadable[id]
 }
 
 // next holds every legal move; there is none to Creating.
@@ -306,16 +278,22 @@ func (m *Manager) transition(c *Container, to State, edit func(*Record)) error {
 
 // update edits a copy of the record, saves it, and only then publishes it:
 // memory is never ahead of what a restart would find.
+//
+// The one exception is a container's end. That is a fact, not a wish, and on a
+// full disk too it must be seen. A restart finds it out again, from podmon.
 func (m *Manager) update(c *Container, edit func(*Record)) error {
 	before := c.Get()
 	after := before.clone()
 	edit(after)
 	raw, err := after.encode()
-	if err != nil {
+	if err == nil {
+		err = m.Records.Put(state.Containers, after.ID, raw)
+	}
+	if err != nil && after.State != Exited {
 		return err
 	}
-	if err := m.Records.Put(state.Containers, after.ID, raw); err != nil {
-		return err
+	if err != nil {
+		m.log(after).WithError(err).Error("the end of a container could not be recorded")
 	}
 	c.record.Store(after)
 	if after.State == Exited {
@@ -325,12 +303,6 @@ func (m *Manager) update(c *Container, edit func(*Record)) error {
 		m.Changed(before, after)
 	}
 	return nil
-}
-
-func newID() string {
-	var b [32]byte
-	rand.Read(b[:]) // never fails, see crypto/rand
-	return hex.EncodeToString(b[:])
 }
 
 func (m *Manager) runDir(id string) string  { return filepath.Join(m.RunDir, id) }

@@ -14,12 +14,8 @@ import (
 	"github.com/podshim/podshim/internal/state"
 )
 
-const (
-	// releaseLimit bounds the release of a failed operation.
-	releaseLimit = 2 * time.Minute
-	// janitorRest is between the janitor's tries.
-	janitorRest = 10 * time.Second
-)
+// releaseLimit bounds the release of a failed operation.
+const releaseLimit = 2 * time.Minute
 
 // Remove ends a container if need be, gives back all it holds and forgets it.
 // The gone is success. The log stays: it is kubelet's.
@@ -109,49 +105,49 @@ func (m *Manager) unmountRoot(r *Record) error {
 	return nil
 }
 
-func (m *Manager) wakeJanitor() {
-	select {
-	case m.leftovers <- struct{}{}:
-	default:
-	}
-}
-
-// releaseLeftovers gives back what failed and interrupted Creates still hold,
-// until all is given back.
-func (m *Manager) releaseLeftovers(ctx context.Context) {
-	for {
-		var retry <-chan time.Time
-		if !m.sweep(ctx) {
-			retry = time.After(janitorRest)
-		}
-		select {
-		case <-ctx.Done():
-			return
-		case <-m.leftovers:
-		case <-retry:
-		}
-	}
-}
-
-// sweep tries all leftovers once and tells whether none remains.
-func (m *Manager) sweep(ctx context.Context) (clean bool) {
+// leftovers are the containers whose making or start failed and that still hold
+// something.
+func (m *Manager) leftovers() []string {
 	m.mu.RLock()
-	var failed []*Container
-	for _, c := range m.byID {
-		if c.Get().Failed {
-			failed = append(failed, c)
+	defer m.mu.RUnlock()
+	var failed []string
+	for id, c := range m.byID {
+		if r := c.Get(); r.Failed || r.Unended {
+			failed = append(failed, id)
 		}
 	}
+	return failed
+}
+
+// releaseLeftover removes what clients never saw, and ends what they saw fail.
+func (m *Manager) releaseLeftover(ctx context.Context, id string) error {
+	m.mu.RLock()
+	c := m.byID[id]
 	m.mu.RUnlock()
-	clean = true
-	for _, c := range failed {
-		if ctx.Err() != nil {
-			break
-		}
-		if err := m.Remove(ctx, c.Get().ID); err != nil {
-			clean = false
-			m.log(c.Get()).WithError(err).Warn("what a failed container holds is not all released: will be tried again")
-		}
+	if c == nil {
+		return nil
 	}
-	return clean
+	err := m.giveBack(ctx, c)
+	if err != nil && ctx.Err() == nil {
+		m.log(c.Get()).WithError(err).Warn("what a failed container holds is not all released: will be tried again")
+	}
+	return err
+}
+
+func (m *Manager) giveBack(ctx context.Context, c *Container) error {
+	if c.Get().Failed {
+		return m.Remove(ctx, c.Get().ID)
+	}
+	unlock, err := m.ops.Lock(ctx, c.Get().ID)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	if !c.Get().Unended {
+		return nil
+	}
+	if err := m.end(ctx, c.Get()); err != nil {
+		return err
+	}
+	return m.update(c, func(r *Record) { r.Unended = false })
 }

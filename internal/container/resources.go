@@ -3,11 +3,15 @@ package container
 import (
 	"context"
 	"fmt"
+	"os"
+	"slices"
+	"strconv"
 
 	"github.com/containerd/errdefs"
 	"google.golang.org/protobuf/proto"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/podshim/podshim/internal/monitor"
 	"github.com/podshim/podshim/internal/spec"
 )
 
@@ -39,8 +43,16 @@ func (m *Manager) UpdateResources(ctx context.Context, id string, want *runtime.
 		if err := m.Monitor.Update(ctx, r.ID, resources); err != nil {
 			return fmt.Errorf("update resources of container %s: %w", r.ID, err)
 		}
+		if want.GetOomScoreAdj() != 0 {
+			if err := setOOMScore(r.Process, spec.OOMScoreAdj(want, m.Host)); err != nil {
+				return err
+			}
+		}
 	}
 	oci.Linux.Resources = resources
+	if adj := spec.OOMScoreAdj(want, m.Host); adj != nil && want.GetOomScoreAdj() != 0 {
+		oci.Process.OOMScoreAdj = adj
+	}
 	if err := m.saveSpec(r.ID, oci); err != nil {
 		return err
 	}
@@ -49,18 +61,35 @@ func (m *Manager) UpdateResources(ctx context.Context, id string, want *runtime.
 	})
 }
 
-// merge lays what a request sets over what was in force.
+// merge lays what a request sets over what was in force. Hugepage limits are set
+// by page size, as package spec does.
 func merge(old, want *runtime.LinuxContainerResources) *runtime.LinuxContainerResources {
 	out := new(runtime.LinuxContainerResources)
 	if old != nil {
 		proto.Merge(out, old)
 	}
-	// A list is replaced, not added to.
-	if len(want.GetHugepageLimits()) > 0 {
-		out.HugepageLimits = nil
-	}
+	limits := out.HugepageLimits
+	out.HugepageLimits = nil
 	proto.Merge(out, want)
+	for _, l := range limits {
+		if !slices.ContainsFunc(out.HugepageLimits, func(w *runtime.HugepageLimit) bool { return w.GetPageSize() == l.GetPageSize() }) {
+			out.HugepageLimits = append(out.HugepageLimits, l)
+		}
+	}
 	return out
+}
+
+// setOOMScore gives a running container another score (CRI oom_score_adj; 0 leaves
+// it). Its first process has it at once, and what that starts from then on.
+func setOOMScore(p monitor.Process, adj *int) error {
+	if adj == nil || !p.Alive() {
+		return nil
+	}
+	path := fmt.Sprintf("/proc/%d/oom_score_adj", p.PID)
+	if err := os.WriteFile(path, []byte(strconv.Itoa(*adj)), 0); err != nil {
+		return fmt.Errorf("linux.oom_score_adj: %w", err)
+	}
+	return nil
 }
 
 // ReopenLog makes the log's writer open its file anew, after kubelet has moved

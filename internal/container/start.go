@@ -47,6 +47,15 @@ func (m *Manager) start(ctx context.Context, c *Container) error {
 	if _, err := m.Sandboxes.Pod(s); err != nil {
 		return err
 	}
+	if r.Target != nil {
+		target, err := m.Get(r.Target.ID)
+		if err != nil {
+			return fmt.Errorf("target container: %w: %w", errdefs.ErrFailedPrecondition, err)
+		}
+		if err := r.Target.check(target.Get()); err != nil {
+			return err
+		}
+	}
 	oci, err := m.Spec(r.ID)
 	if err != nil {
 		return err
@@ -70,25 +79,36 @@ func (m *Manager) start(ctx context.Context, c *Container) error {
 }
 
 // startFailed makes a container that could not be started Exited, and gives back
-// what the try has taken. It returns the cause.
+// what the try has taken; what cannot be given back now the janitor goes on with.
+// It returns the cause.
 func (m *Manager) startFailed(ctx context.Context, c *Container, cause error) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), releaseLimit)
 	defer cancel()
 	r := c.Get()
-	if err := m.Monitor.Delete(ctx, r.ID); err != nil && !errdefs.IsNotFound(err) {
-		m.log(r).WithError(err).Error("what a container that did not start holds")
-	}
+	ended := m.end(ctx, r)
 	err := m.transition(c, Exited, func(r *Record) {
 		r.FinishedAt = time.Now()
 		r.ExitCode = startErrorCode
 		r.Reason = ReasonStartError
 		r.Message = cause.Error()
+		r.Unended = ended != nil
 	})
 	if err != nil {
 		m.log(r).WithError(err).Error("record of a container that did not start")
 	}
-	if err := m.unmountRoot(r); err != nil {
-		m.log(r).WithError(err).Warn("root of a container that did not start")
+	if ended != nil {
+		m.log(r).WithError(ended).Error("what a container that did not start holds is not all released: will be tried again")
+		m.janitor.Wake()
 	}
 	return fmt.Errorf("start container %s: %w", r.ID, cause)
+}
+
+// end ends every process of a container and lets go of what only a running one
+// needs.
+func (m *Manager) end(ctx context.Context, r *Record) error {
+	if err := m.Monitor.Delete(ctx, r.ID); err != nil && !errdefs.IsNotFound(err) {
+		return fmt.Errorf("end its processes: %w", err)
+	}
+	// Not from under a process.
+	return m.unmountRoot(r)
 }

@@ -56,18 +56,25 @@ func (m *Manager) Stop(ctx context.Context, id string, grace time.Duration) erro
 }
 
 // kill ends every process of a container and waits for its end to be published.
+// Processes in uninterruptible sleep make it fail after killLimit: they are the
+// kernel's, and only this container waits for them.
 func (m *Manager) kill(ctx context.Context, c *Container) error {
 	id := c.Get().ID
-	if err := m.Monitor.Signal(ctx, id, syscall.SIGKILL, true); err != nil && !errdefs.IsNotFound(err) {
+	ctx, cancel := context.WithTimeoutCause(ctx, killLimit, errStillThere(id))
+	defer cancel()
+	err := m.Monitor.Signal(ctx, id, syscall.SIGKILL, true)
+	if errdefs.IsNotFound(err) {
+		err = nil // it has ended; that is about to be published
+	}
+	if err != nil {
+		if ctx.Err() != nil {
+			err = context.Cause(ctx)
+		}
 		return fmt.Errorf("kill container %s: %w", id, err)
 	}
-	limit := time.NewTimer(killLimit)
-	defer limit.Stop()
 	select {
 	case <-c.Done():
 		return nil
-	case <-limit.C:
-		return errStillThere(id)
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
@@ -86,12 +93,16 @@ func (m *Manager) abandon(ctx context.Context, c *Container) error {
 	if c.Get().State != Created {
 		return nil
 	}
-	return m.transition(c, Exited, func(r *Record) {
+	err = m.transition(c, Exited, func(r *Record) {
 		r.FinishedAt = time.Now()
 		r.ExitCode = startErrorCode
 		r.Reason = ReasonStartError
 		r.Message = "stopped before it was started"
 	})
+	if err != nil {
+		return err
+	}
+	return m.unmountRoot(c.Get())
 }
 
 // StopPod kills what runs in a sandbox and stops the sandbox. kubelet has given

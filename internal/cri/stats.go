@@ -76,15 +76,12 @@ func (s *runtimeService) ListPodSandboxStats(ctx context.Context, req *runtime.L
 			continue
 		}
 		measured, err := s.measurePod(ctx, r, layersBy)
-		if errdefs.IsNotFound(err) {
-			continue // ended since it was listed
-		}
-		if err != nil {
-			return nil, err
+		if s.leaveOut(ctx, "sandbox", r.ID, err) {
+			continue
 		}
 		resp.Stats = append(resp.Stats, measured)
 	}
-	return resp, nil
+	return resp, ctx.Err()
 }
 
 func (s *runtimeService) measurePod(ctx context.Context, r *sandbox.Record, layersBy time.Time) (*runtime.PodSandboxStats, error) {
@@ -114,15 +111,22 @@ func (s *runtimeService) measureContainers(ctx context.Context, records []*conta
 			continue
 		}
 		measured, err := s.measureContainer(ctx, r, layersBy)
-		if errdefs.IsNotFound(err) {
+		if s.leaveOut(ctx, "container", r.ID, err) {
 			continue
-		}
-		if err != nil {
-			return nil, err
 		}
 		out = append(out, measured)
 	}
-	return out, nil
+	return out, ctx.Err()
+}
+
+// leaveOut tells whether something that could not be measured is left out of a
+// list: one bad cgroup must not hide the node's other pods. What has ended since
+// it was listed is no news.
+func (s *runtimeService) leaveOut(ctx context.Context, kind, id string, err error) bool {
+	if err != nil && !errdefs.IsNotFound(err) && ctx.Err() == nil {
+		s.Log.WithError(err).WithField(kind, id).Warn("left out of a list of stats")
+	}
+	return err != nil
 }
 
 func (s *runtimeService) measureContainer(ctx context.Context, r *container.Record, layersBy time.Time) (*runtime.ContainerStats, error) {

@@ -12,6 +12,8 @@ import (
 	"golang.org/x/sys/unix"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/podshim/podshim/internal/host"
+	"github.com/podshim/podshim/internal/image"
 	"github.com/podshim/podshim/internal/spec"
 )
 
@@ -21,10 +23,11 @@ const shmSize = 64 << 20
 // makeFiles makes the sandbox's folder with the files its containers share.
 func (m *Manager) makeFiles(r *Record) error {
 	dir := m.dir(r.ID)
-	// Traversable: in a user namespace the pod's root is nobody here, and must
-	// still reach what is bind mounted from below.
-	if err := os.MkdirAll(dir, 0o711); err != nil {
-		return fmt.Errorf("make sandbox directory: %w", err)
+	_, gids := spec.IDMappings(r.Config)
+	for _, d := range []string{dir, m.shm(r.ID)} {
+		if err := host.PrivateDir(d, gids); err != nil {
+			return fmt.Errorf("make sandbox directory: %w", err)
+		}
 	}
 	// kubelet makes its own; crictl's users expect one to be made. It stays: logs
 	// outlive the pod.
@@ -52,7 +55,7 @@ func (m *Manager) makeFiles(r *Record) error {
 	if namespaces(r.Config).GetIpc() == runtime.NamespaceMode_NODE {
 		return nil
 	}
-	return mountShm(filepath.Join(dir, "shm"), r)
+	return mountShm(filepath.Join(m.shm(r.ID), "shm"), r)
 }
 
 // writeHosts makes the /etc/hosts of containers whose client brings none, as
@@ -119,23 +122,15 @@ func resolvConf(dns *runtime.DNSConfig) ([]byte, error) {
 	return raw, nil
 }
 
-// removeFiles unmounts and removes the sandbox's folder. The gone is success.
+// removeFiles unmounts and removes the sandbox's folders. The gone is success.
 func (m *Manager) removeFiles(r *Record) error {
-	dir := m.dir(r.ID)
-	if err := unmount(filepath.Join(dir, "shm")); err != nil {
+	if err := image.Unmount(filepath.Join(m.shm(r.ID), "shm")); err != nil {
 		return err
 	}
-	// Never into a mount: if one is left, its busy mount point stops this.
-	if err := os.RemoveAll(dir); err != nil {
-		return fmt.Errorf("remove sandbox directory: %w", err)
+	for _, d := range []string{m.shm(r.ID), m.dir(r.ID)} {
+		if err := os.RemoveAll(d); err != nil {
+			return fmt.Errorf("remove sandbox directory: %w", err)
+		}
 	}
 	return nil
-}
-
-func unmount(path string) error {
-	err := unix.Unmount(path, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW)
-	if err == nil || errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOENT) {
-		return nil // EINVAL: not a mount point
-	}
-	return fmt.Errorf("unmount %s: %w", path, err)
 }

@@ -2,7 +2,6 @@ package sandbox
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -12,6 +11,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/opencontainers/runtime-spec/specs-go"
 
+	"github.com/podshim/podshim/internal/host"
 	"github.com/podshim/podshim/internal/image"
 	"github.com/podshim/podshim/internal/infra"
 	"github.com/podshim/podshim/internal/rootfs"
@@ -67,7 +67,8 @@ type ImageInfra struct {
 	Dir    string // holds the mounted snapshots, e.g. /run/podshim/infra/roots
 }
 
-func (i *ImageInfra) path(id string) string { return filepath.Join(i.Dir, id) }
+func (i *ImageInfra) dir(id string) string  { return filepath.Join(i.Dir, id) }
+func (i *ImageInfra) path(id string) string { return filepath.Join(i.dir(id), "rootfs") }
 func (i *ImageInfra) key(id string) string  { return "infra-" + id }
 
 // Acquire pulls the image if it is not there, and mounts a snapshot of it.
@@ -89,8 +90,8 @@ func (i *ImageInfra) Acquire(ctx context.Context, id string, uids, gids []specs.
 	if err != nil {
 		return InfraImage{}, fmt.Errorf("snapshot of infra_image: %w", err)
 	}
-	if err := os.MkdirAll(i.path(id), 0o711); err != nil {
-		return InfraImage{}, fmt.Errorf("make mount point: %w", err)
+	if err := host.PrivateDir(i.dir(id), gids); err != nil {
+		return InfraImage{}, fmt.Errorf("make infra directory: %w", err)
 	}
 	if err := image.Mount(mounts, i.path(id)); err != nil {
 		return InfraImage{}, err
@@ -107,8 +108,8 @@ func (i *ImageInfra) Release(ctx context.Context, id string) error {
 	if err := image.Unmount(i.path(id)); err != nil {
 		return err
 	}
-	if err := os.Remove(i.path(id)); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return fmt.Errorf("remove mount point: %w", err)
+	if err := os.RemoveAll(i.dir(id)); err != nil {
+		return fmt.Errorf("remove infra directory: %w", err)
 	}
 	return i.Images.RemoveSnapshot(ctx, i.key(id))
 }

@@ -2,20 +2,20 @@ package sandbox
 
 import (
 	"context"
-	"crypto/rand"
-	"encoding/hex"
 	"fmt"
 	"path/filepath"
-	"strings"
 	"sync"
 	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/runtime-spec/specs-go"
+	"github.com/opencontainers/selinux/go-selinux"
 	"github.com/sirupsen/logrus"
 
 	"github.com/podshim/podshim/internal/cni"
 	"github.com/podshim/podshim/internal/flight"
+	"github.com/podshim/podshim/internal/ids"
+	"github.com/podshim/podshim/internal/janitor"
 	"github.com/podshim/podshim/internal/keylock"
 	"github.com/podshim/podshim/internal/monitor"
 	"github.com/podshim/podshim/internal/spec"
@@ -53,8 +53,9 @@ type Records interface {
 
 // Config is what a Manager is made of.
 type Config struct {
-	// RunDir is the folder of this package's own, e.g. /run/podshim/sandboxes.
-	RunDir string
+	// RunDir holds the pods' /dev/shm, e.g. /run/podshim/sandboxes; RootDir the
+	// files that containers may write to, e.g. /var/lib/podshim/sandboxes.
+	RunDir, RootDir string
 	// NetnsDir is where network namespaces are pinned, e.g. /run/netns.
 	NetnsDir string
 	// CgroupParent holds the cgroups of pods whose client named none.
@@ -85,40 +86,35 @@ type Manager struct {
 	byID  map[string]*Sandbox
 	names map[string]string // reserved name to ID
 
-	leftovers chan struct{} // wakes the janitor
-	close     context.CancelFunc
-	janitor   sync.WaitGroup
+	// unreadable are the IDs of records that make no sense: what they stand for
+	// may run, and is nobody else's.
+	unreadable map[string]bool
+
+	janitor *janitor.Janitor
 }
 
 // NewManager reads the records and compares them with what the monitor still
 // runs. Sandboxes whose making was interrupted are released in the background.
 func NewManager(cfg Config) (*Manager, error) {
-	ctx, cancel := context.WithCancel(context.Background())
 	m := &Manager{
-		Config:    cfg,
-		byID:      make(map[string]*Sandbox),
-		names:     make(map[string]string),
-		leftovers: make(chan struct{}, 1),
-		close:     cancel,
+		Config:     cfg,
+		byID:       make(map[string]*Sandbox),
+		names:      make(map[string]string),
+		unreadable: make(map[string]bool),
 	}
 	m.flights.Limit = cfg.OperationLimit
 	if err := m.load(); err != nil {
-		cancel()
 		return nil, err
 	}
-	m.janitor.Go(func() { m.releaseLeftovers(ctx) })
+	m.janitor = janitor.Start(m.leftovers, m.releaseLeftover)
 	return m, nil
 }
 
 // Close waits until the operations that run are over, or ctx is: what is cut off
 // then the next podshim finds on record. Sandboxes go on.
 func (m *Manager) Close(ctx context.Context) error {
-	m.close()
-	err := m.flights.Wait(ctx)
-	if err == nil {
-		m.janitor.Wait()
-	}
-	return err
+	m.janitor.Close()
+	return m.flights.Wait(ctx)
 }
 
 func (m *Manager) load() error {
@@ -129,7 +125,8 @@ func (m *Manager) load() error {
 	for id, raw := range m.Records.Take(state.Sandboxes) {
 		r, err := decode(raw)
 		if err != nil {
-			m.Log.WithError(err).WithField("sandbox", id).Error("a sandbox's record cannot be read: left out")
+			m.Log.WithError(err).WithField("sandbox", id).Error("a sandbox's record cannot be read: what it stands for is left alone")
+			m.unreadable[id] = true
 			continue
 		}
 		s := newSandbox(r)
@@ -148,8 +145,8 @@ func (m *Manager) load() error {
 		if err != nil {
 			return err
 		}
-		if s.Get().State == NotReady {
-			s.once.Do(func() { close(s.stopping) })
+		if r.ProcessLabel != "" {
+			selinux.ReserveLabel(r.ProcessLabel) // no new pod may get the same one
 		}
 	}
 	return nil
@@ -177,25 +174,7 @@ func (m *Manager) recheck(s *Sandbox, running map[string]monitor.Status) error {
 func (m *Manager) Get(id string) (*Sandbox, error) {
 	m.mu.RLock()
 	defer m.mu.RUnlock()
-	if s, ok := m.byID[id]; ok && s.Get().State != Creating {
-		return s, nil
-	}
-	var found *Sandbox
-	if id != "" {
-		for full, s := range m.byID {
-			if !strings.HasPrefix(full, id) || s.Get().State == Creating {
-				continue
-			}
-			if found != nil {
-				return nil, fmt.Errorf("pod sandbox ID prefix %q is not unique: %w", id, errdefs.ErrInvalidArgument)
-			}
-			found = s
-		}
-	}
-	if found == nil {
-		return nil, fmt.Errorf("pod sandbox %q: %w", id, errdefs.ErrNotFound)
-	}
-	return found, nil
+	return ids.Find(m.byID, id, "pod sandbox", (*Sandbox).shown)
 }
 
 // List returns all sandboxes that are ready or not, in no order.
@@ -204,8 +183,8 @@ func (m *Manager) List() []*Record {
 	defer m.mu.RUnlock()
 	all := make([]*Record, 0, len(m.byID))
 	for _, s := range m.byID {
-		if r := s.Get(); r.State != Creating {
-			all = append(all, r)
+		if s.shown() {
+			all = append(all, s.Get())
 		}
 	}
 	return all
@@ -229,11 +208,20 @@ func (m *Manager) Networked() []cni.Pod {
 	return pods
 }
 
-// Owns tells whether id is a sandbox, also one that is being made.
+// Owns tells whether id is a sandbox, also one that is being made or whose record
+// cannot be read.
 func (m *Manager) Owns(id string) bool {
 	m.mu.RLock()
 	defer m.mu.RUnlock()
-	return m.byID[id] != nil
+	return m.byID[id] != nil || m.unreadable[id]
+}
+
+// Unreadable tells whether there are records that cannot be read: then nobody
+// knows all that the pods of this node hold.
+func (m *Manager) Unreadable() bool {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	return len(m.unreadable) > 0
 }
 
 // Exited takes note that an infra container has ended.
@@ -268,16 +256,12 @@ func (m *Manager) transition(s *Sandbox, to State, edit func(*Record)) error {
 	from := s.Get().State
 	for _, legal := range next[from] {
 		if legal == to {
-			err := m.update(s, func(r *Record) {
+			return m.update(s, func(r *Record) {
 				r.State = to
 				if edit != nil {
 					edit(r)
 				}
 			})
-			if err == nil && to == NotReady {
-				s.once.Do(func() { close(s.stopping) })
-			}
-			return err
 		}
 	}
 	return fmt.Errorf("pod sandbox %s cannot go from %s to %s: %w", s.Get().ID, from, to, errdefs.ErrFailedPrecondition)
@@ -285,16 +269,23 @@ func (m *Manager) transition(s *Sandbox, to State, edit func(*Record)) error {
 
 // update edits a copy of the record, saves it, and only then publishes it:
 // memory is never ahead of what a restart would find.
+//
+// The one exception is a sandbox's end. That is a fact, not a wish, and on a full
+// disk too a pod must be seen to have ended and be removable. A restart finds it
+// out again, from podmon and by releasing once more.
 func (m *Manager) update(s *Sandbox, edit func(*Record)) error {
 	before := s.Get()
 	after := before.clone()
 	edit(after)
 	raw, err := after.encode()
-	if err != nil {
+	if err == nil {
+		err = m.Records.Put(state.Sandboxes, after.ID, raw)
+	}
+	if err != nil && after.State != NotReady {
 		return err
 	}
-	if err := m.Records.Put(state.Sandboxes, after.ID, raw); err != nil {
-		return err
+	if err != nil {
+		m.Log.WithError(err).WithField("sandbox", after.ID).Error("the end of a pod sandbox could not be recorded")
 	}
 	s.record.Store(after)
 	if m.Changed != nil {
@@ -303,12 +294,8 @@ func (m *Manager) update(s *Sandbox, edit func(*Record)) error {
 	return nil
 }
 
-// newID returns 256 random bits in hex, as CRI clients know IDs.
-func newID() string {
-	var b [32]byte
-	rand.Read(b[:]) // never fails, see crypto/rand
-	return hex.EncodeToString(b[:])
-}
-
-// dir is where the sandbox's own files are.
-func (m *Manager) dir(id string) string { return filepath.Join(m.RunDir, id) }
+// dir is where the sandbox's own files are; shm where its /dev/shm is mounted.
+// Containers may write to the files, so they are not in the run directory, which
+// podshim's own records must have room in.
+func (m *Manager) dir(id string) string { return filepath.Join(m.RootDir, id) }
+func (m *Manager) shm(id string) string { return filepath.Join(m.RunDir, id) }

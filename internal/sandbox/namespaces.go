@@ -61,6 +61,13 @@ func labels(r *Record) (process, mount string, err error) {
 	return process, mount, nil
 }
 
+// releaseLabels lets another pod have the labels.
+func releaseLabels(r *Record) {
+	if r.ProcessLabel != "" {
+		selinux.ReleaseLabel(r.ProcessLabel)
+	}
+}
+
 // userPin is where a pod's user namespace is pinned until infra is in it, which
 // then holds it: beside the network namespace that it owns.
 func (m *Manager) userPin(id string) string { return m.netnsPin(id) + "-user" }

@@ -7,19 +7,14 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
-	"github.com/opencontainers/selinux/go-selinux"
 	"github.com/sirupsen/logrus"
 
 	"github.com/podshim/podshim/internal/flight"
 	"github.com/podshim/podshim/internal/state"
 )
 
-const (
-	// releaseLimit bounds the release of a failed Run.
-	releaseLimit = 2 * time.Minute
-	// janitorRest is between the janitor's tries.
-	janitorRest = 10 * time.Second
-)
+// releaseLimit bounds the release of a failed Run.
+const releaseLimit = 2 * time.Minute
 
 // Quiesce makes the sandbox NotReady, so that nothing starts in it any more. The
 // gone is success, and gives nil.
@@ -108,9 +103,7 @@ func (m *Manager) discard(s *Sandbox) error {
 			return fmt.Errorf("remove pod cgroup: %w", err)
 		}
 	}
-	if r.ProcessLabel != "" {
-		selinux.ReleaseLabel(r.ProcessLabel)
-	}
+	releaseLabels(r)
 	if err := m.Records.Delete(state.Sandboxes, r.ID); err != nil {
 		return err
 	}
@@ -164,41 +157,22 @@ func (m *Manager) release(ctx context.Context, r *Record) error {
 	return errors.Join(errs...)
 }
 
-func (m *Manager) wakeJanitor() {
-	select {
-	case m.leftovers <- struct{}{}:
-	default:
-	}
-}
-
-// releaseLeftovers gives back what failed and interrupted Runs still hold, until
-// all is given back.
-func (m *Manager) releaseLeftovers(ctx context.Context) {
-	for {
-		var retry <-chan time.Time
-		if !m.sweep(ctx) {
-			retry = time.After(janitorRest)
-		}
-		select {
-		case <-ctx.Done():
-			return
-		case <-m.leftovers:
-		case <-retry:
-		}
-	}
-}
-
-// sweep tries all leftovers once and tells whether none remains.
-func (m *Manager) sweep(ctx context.Context) (clean bool) {
-	clean = true
+// leftovers are the sandboxes of failed and interrupted Runs that still hold
+// something.
+func (m *Manager) leftovers() []string {
+	var failed []string
 	for _, r := range m.List() {
-		if !r.Failed || ctx.Err() != nil {
-			continue
-		}
-		if err := m.Remove(ctx, r.ID); err != nil {
-			clean = false
-			m.Log.WithError(err).WithField("sandbox", r.ID).Warn("what a failed pod sandbox holds is not all released: will be tried again")
+		if r.Failed {
+			failed = append(failed, r.ID)
 		}
 	}
-	return clean
+	return failed
+}
+
+func (m *Manager) releaseLeftover(ctx context.Context, id string) error {
+	err := m.Remove(ctx, id)
+	if err != nil && ctx.Err() == nil {
+		m.Log.WithError(err).WithField("sandbox", id).Warn("what a failed pod sandbox holds is not all released: will be tried again")
+	}
+	return err
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"fmt"
+	"path"
 	"path/filepath"
 	"strings"
 	"time"
@@ -17,6 +18,7 @@ import (
 	"github.com/podshim/podshim/internal/cni"
 	"github.com/podshim/podshim/internal/flight"
 	"github.com/podshim/podshim/internal/host"
+	"github.com/podshim/podshim/internal/ids"
 	"github.com/podshim/podshim/internal/monitor"
 	"github.com/podshim/podshim/internal/spec"
 	"github.com/podshim/podshim/internal/state"
@@ -74,6 +76,7 @@ func (m *Manager) run(ctx context.Context, cfg *runtime.PodSandboxConfig, handle
 		err = m.update(s, func(r *Record) { r.ProcessLabel, r.MountLabel = process, mountLabel })
 	}
 	if err != nil {
+		releaseLabels(&Record{ProcessLabel: process})
 		m.forget(r)
 		return "", err
 	}
@@ -147,6 +150,7 @@ func (m *Manager) giveUp(ctx context.Context, s *Sandbox, cause error) error {
 		err = m.Records.Delete(state.Sandboxes, r.ID)
 	}
 	if err == nil {
+		releaseLabels(r)
 		m.forget(r)
 		return cause
 	}
@@ -155,19 +159,22 @@ func (m *Manager) giveUp(ctx context.Context, s *Sandbox, cause error) error {
 	if uerr := m.transition(s, NotReady, func(r *Record) { r.Failed, r.Reason = true, cause.Error() }); uerr != nil {
 		m.Log.WithError(uerr).WithField("sandbox", r.ID).Error("record of a failed pod sandbox")
 	}
-	m.wakeJanitor()
+	m.janitor.Wake()
 	return cause
 }
 
 func (m *Manager) newRecord(cfg *runtime.PodSandboxConfig, handler string) *Record {
 	r := &Record{
-		ID:           newID(),
+		ID:           ids.New(),
 		Name:         name(cfg),
 		Handler:      handler,
 		Config:       cfg,
 		CreatedAt:    time.Now(),
 		State:        Creating,
 		CgroupParent: cfg.GetLinux().GetCgroupParent(),
+	}
+	if r.CgroupParent != "" && !m.Host.SystemdCgroup {
+		r.CgroupParent = path.Join("/", r.CgroupParent)
 	}
 	if r.CgroupParent == "" {
 		r.CgroupParent, r.OwnCgroup = m.ownCgroup(r.ID), true
@@ -220,6 +227,10 @@ func (m *Manager) forget(r *Record) {
 }
 
 func (m *Manager) startInfra(ctx context.Context, r *Record) (monitor.Process, error) {
+	handler, ok := m.Handlers[r.Handler]
+	if !ok {
+		return monitor.Process{}, fmt.Errorf("runtime handler %q is not configured any more: %w", r.Handler, errdefs.ErrFailedPrecondition)
+	}
 	uids, gids := spec.IDMappings(r.Config)
 	image, err := m.Infra.Acquire(ctx, r.ID, uids, gids)
 	if err != nil {
@@ -234,7 +245,7 @@ func (m *Manager) startInfra(ctx context.Context, r *Record) (monitor.Process, e
 		Mounts:      image.Mounts,
 		ReadSeccomp: host.ReadSeccomp,
 		Host:        m.Host,
-		Handler:     m.Handlers[r.Handler],
+		Handler:     handler,
 	})
 	if err != nil {
 		return monitor.Process{}, fmt.Errorf("describe infra container: %w", err)
@@ -312,7 +323,7 @@ func (m *Manager) specPod(r *Record) spec.Pod {
 		ID: r.ID, Config: r.Config,
 		Netns: r.Netns, User: r.User,
 		UIDMappings: uids, GIDMappings: gids,
-		Shm:          filepath.Join(dir, "shm"),
+		Shm:          filepath.Join(m.shm(r.ID), "shm"),
 		ResolvConf:   filepath.Join(dir, "resolv.conf"),
 		Hostname:     filepath.Join(dir, "hostname"),
 		Hosts:        filepath.Join(dir, "hosts"),

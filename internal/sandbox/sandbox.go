@@ -22,9 +22,7 @@ package sandbox
 import (
 	"encoding/json"
 	"fmt"
-	"maps"
 	"net/netip"
-	"sync"
 	"sync/atomic"
 	"time"
 
@@ -75,9 +73,6 @@ type Record struct {
 	// ProcessLabel and MountLabel are SELinux's, empty where that is off.
 	ProcessLabel string `json:"process_label,omitempty"`
 	MountLabel   string `json:"mount_label,omitempty"`
-	// Resources are those last set by UpdatePodSandboxResources.
-	RawOverhead  []byte `json:"overhead,omitempty"`
-	RawResources []byte `json:"resources,omitempty"`
 	// Released: processes, network, namespaces and mounts are given back.
 	Released bool `json:"released,omitempty"`
 	// Failed: Run did not succeed. The name is free, and what could not be
@@ -88,13 +83,10 @@ type Record struct {
 // Sandbox is one pod sandbox.
 type Sandbox struct {
 	record atomic.Pointer[Record]
-	// stopping is closed when nothing may start in the pod any more.
-	stopping chan struct{}
-	once     sync.Once
 }
 
 func newSandbox(r *Record) *Sandbox {
-	s := &Sandbox{stopping: make(chan struct{})}
+	s := new(Sandbox)
 	s.record.Store(r)
 	return s
 }
@@ -102,8 +94,8 @@ func newSandbox(r *Record) *Sandbox {
 // Get returns the record as last published.
 func (s *Sandbox) Get() *Record { return s.record.Load() }
 
-// Stopping is closed once the sandbox is not ready any more.
-func (s *Sandbox) Stopping() <-chan struct{} { return s.stopping }
+// shown tells whether clients see the sandbox.
+func (s *Sandbox) shown() bool { return s.Get().State != Creating }
 
 // HostNetwork tells whether the pod has the node's network.
 func (r *Record) HostNetwork() bool {
@@ -129,7 +121,8 @@ func namespaces(c *runtime.PodSandboxConfig) *runtime.NamespaceOption {
 // wants another one for the same pod.
 func name(c *runtime.PodSandboxConfig) string {
 	m := c.GetMetadata()
-	return fmt.Sprintf("%s_%s_%s_%d", m.GetName(), m.GetNamespace(), m.GetUid(), m.GetAttempt())
+	// A slash is in none of them, so that no two pods can have one name.
+	return fmt.Sprintf("%s/%s/%s/%d", m.GetNamespace(), m.GetName(), m.GetUid(), m.GetAttempt())
 }
 
 func (r *Record) clone() *Record {
@@ -158,9 +151,4 @@ func decode(raw []byte) (*Record, error) {
 	}
 	r.RawConfig = nil
 	return &r, nil
-}
-
-// sysctls returns the pod's sysctls, its own copy.
-func sysctls(c *runtime.PodSandboxConfig) map[string]string {
-	return maps.Clone(c.GetLinux().GetSysctls())
 }

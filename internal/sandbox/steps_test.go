@@ -20,6 +20,7 @@ import (
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/podshim/podshim/internal/cni"
+	"github.com/podshim/podshim/internal/image"
 	"github.com/podshim/podshim/internal/monitor"
 	"github.com/podshim/podshim/internal/monitor/wire"
 	"github.com/podshim/podshim/internal/spec"
@@ -151,7 +152,7 @@ func (w *world) manager(t *testing.T, dir string) *Manager {
 	log.SetOutput(io.Discard)
 	host := spec.Host{Hostname: "node"}
 	m, err := NewManager(Config{
-		RunDir: filepath.Join(dir, "sandboxes"), NetnsDir: filepath.Join(dir, "netns"),
+		RunDir: filepath.Join(dir, "sandboxes"), RootDir: filepath.Join(dir, "files"), NetnsDir: filepath.Join(dir, "netns"),
 		CgroupParent: "/podshim-sandbox-test", OperationLimit: time.Minute,
 		Host: host, Handlers: map[string]spec.Handler{"": {}},
 		Records: recordsOf{w}, Monitor: w, Network: w, Infra: w,
@@ -182,7 +183,7 @@ func (w *world) held(t *testing.T, dir string) []string {
 			all = append(all, "record "+k)
 		}
 	})
-	for _, sub := range []string{"sandboxes", "netns"} {
+	for _, sub := range []string{"sandboxes", "files", "netns"} {
 		entries, err := os.ReadDir(filepath.Join(dir, sub))
 		if err != nil && !errors.Is(err, os.ErrNotExist) {
 			t.Fatal(err)
@@ -216,7 +217,7 @@ func place(t *testing.T) string {
 	needRoot(t)
 	dir := t.TempDir()
 	t.Cleanup(func() {
-		if err := unmount(filepath.Join(dir, "netns")); err != nil {
+		if err := image.Unmount(filepath.Join(dir, "netns")); err != nil {
 			t.Error(err)
 		}
 	})
@@ -321,7 +322,7 @@ func TestNextManagerFinishesWhatACrashLeft(t *testing.T) {
 	if err := next.Remove(ctx, id); err != nil {
 		t.Fatal(err)
 	}
-	if !next.sweep(ctx) {
+	if !next.janitor.Sweep(ctx) {
 		t.Error("leftovers are not all released")
 	}
 	close(w.addWaits)
@@ -352,7 +353,7 @@ func TestJanitorGoesOnWhereUndoFails(t *testing.T) {
 	} else if err := m.Remove(ctx, id); err != nil {
 		t.Fatal(err)
 	}
-	for !m.sweep(ctx) {
+	for !m.janitor.Sweep(ctx) {
 	}
 	if held := w.held(t, dir); len(held) > 0 {
 		t.Errorf("held: %q", held)
@@ -422,7 +423,6 @@ func TestInfraEnds(t *testing.T) {
 	if err := m.Exited(ctx, monitor.Event{ID: id, Exit: monitor.Exit{Code: 137, Known: true, At: time.Now()}}); err != nil {
 		t.Fatal(err)
 	}
-	<-s.Stopping()
 	if r := s.Get(); r.State != NotReady || r.InfraExit == nil || r.InfraExit.Code != 137 {
 		t.Errorf("after infra's end: %+v", r)
 	}

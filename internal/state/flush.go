@@ -195,7 +195,7 @@ func (s *Store) flush() error {
 			if e.deleted {
 				delete(s.records, k)
 				buried = append(buried, k)
-			} else {
+			} else if s.taken[k.kind] {
 				s.records[k] = entry{seq: e.seq}
 			}
 		}

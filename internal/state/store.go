@@ -56,6 +56,7 @@ type Store struct {
 	mu      sync.Mutex // guards what follows
 	seq     uint64
 	records map[key]entry // all that live, and tombstones until they are flushed; values only while dirty or not taken
+	taken   map[Kind]bool // kinds whose values nobody will ask for any more
 	dirty   map[key]struct{}
 	flushed *sync.Cond // broadcast after each flush
 	stalled error      // why the last flush failed
@@ -78,6 +79,7 @@ func Open(cfg Config) (*Store, error) {
 		log:     cfg.Log,
 		records: make(map[key]entry),
 		dirty:   make(map[key]struct{}),
+		taken:   make(map[Kind]bool),
 		wake:    make(chan struct{}, 1),
 		done:    make(chan struct{}),
 	}
@@ -106,6 +108,7 @@ func Open(cfg Config) (*Store, error) {
 func (s *Store) Take(kind Kind) map[string][]byte {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.taken[kind] = true
 	all := make(map[string][]byte)
 	for k, e := range s.records {
 		if k.kind != kind || e.deleted {
@@ -146,7 +149,14 @@ func (s *Store) change(k key, e entry) error {
 	e.seq = s.seq
 	s.mu.Unlock()
 
-	if err := s.writeRun(k, e); err != nil {
+	err := s.writeRun(k, e)
+	if err != nil && e.deleted {
+		// A full disk must not keep things from being removed. Without a
+		// tombstone the worst is that a crash before the flush brings back a
+		// record of something that is gone.
+		err = removeIfThere(s.runPath(k))
+	}
+	if err != nil {
 		return fmt.Errorf("record %s %s: %w", k.kind, k.id, classify(err))
 	}
 

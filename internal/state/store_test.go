@@ -139,6 +139,32 @@ func TestCrashBeforeFlush(t *testing.T) {
 	want(t, again, map[string]string{"changed": "new", "made": "new"})
 }
 
+// With a lost database every record is flushed at once, before anybody has asked
+// for one.
+func TestFlushKeepsWhatIsNotTaken(t *testing.T) {
+	p := newPlaces(t)
+	s := p.open(t)
+	put(t, s, "a", "1")
+	s.Close()
+	if err := os.Remove(p.Database); err != nil {
+		t.Fatal(err)
+	}
+	s = p.open(t)
+	if err := s.Sync(); err != nil {
+		t.Fatal(err)
+	}
+	want(t, s, map[string]string{"a": "1"})
+	put(t, s, "a", "2")
+	if err := s.Sync(); err != nil {
+		t.Fatal(err)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if e := s.records[key{Containers, "a"}]; e.value != nil {
+		t.Errorf("the store keeps the flushed value %q", e.value)
+	}
+}
+
 func TestTombstoneHidesTheDatabasesCopy(t *testing.T) {
 	p := newPlaces(t)
 	s := p.open(t)
