@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -222,7 +223,8 @@ func (m *Manager) List() []*Record {
 	return all
 }
 
-// InSandbox returns the containers of a sandbox, in no order.
+// InSandbox returns the containers of a sandbox, newest first: kubelet takes the
+// first of a name for the one that counts.
 func (m *Manager) InSandbox(id string) []*Record {
 	var all []*Record
 	for _, c := range m.ofSandbox(id) {
@@ -230,6 +232,7 @@ func (m *Manager) InSandbox(id string) []*Record {
 			all = append(all, c.Get())
 		}
 	}
+	slices.SortFunc(all, func(a, b *Record) int { return b.CreatedAt.Compare(a.CreatedAt) })
 	return all
 }
 

@@ -34,7 +34,8 @@ type change struct {
 	id, sandboxID string
 	kind          runtime.ContainerEventType
 	at            time.Time
-	// sandbox and containers are the pod at that time; nil sandbox: gone.
+	// sandbox and containers are the pod at that time, or the sandbox's last record
+	// when it is gone: kubelet complains of events without.
 	sandbox    *sandbox.Record
 	containers []*container.Record
 }
@@ -51,7 +52,7 @@ func (e *Events) Container(before, after *container.Record, pod func(id string) 
 // Sandbox takes note of a sandbox's change.
 func (e *Events) Sandbox(before, after *sandbox.Record, pod func(id string) (*sandbox.Record, []*container.Record)) {
 	for _, kind := range sandboxEvents(before, after) {
-		e.publish(change{id: before.ID, sandboxID: before.ID, kind: kind}, pod)
+		e.publish(change{id: before.ID, sandboxID: before.ID, kind: kind, sandbox: before}, pod)
 	}
 }
 
@@ -100,7 +101,9 @@ func (e *Events) publish(c change, pod func(id string) (*sandbox.Record, []*cont
 		return
 	}
 	c.at = time.Now()
-	c.sandbox, c.containers = pod(c.sandboxID)
+	if now, containers := pod(c.sandboxID); now != nil {
+		c.sandbox, c.containers = now, containers
+	}
 	for s := range e.subscribers {
 		select {
 		case s.queue <- c:

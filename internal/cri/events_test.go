@@ -32,6 +32,20 @@ func live(e *Events, id string) {
 	e.Container(state(container.Exited), nil, noPod)
 }
 
+// kubelet logs an error for each event without a sandbox.
+func TestRemovedSandboxIsTold(t *testing.T) {
+	var e Events
+	s, err := e.subscribe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	last := &sandbox.Record{ID: "pod", State: sandbox.NotReady}
+	e.Sandbox(last, nil, noPod)
+	if c := <-s.queue; c.kind != deleted || c.sandbox != last {
+		t.Errorf("the removal is told as %v with sandbox %v, want its last record", c.kind, c.sandbox)
+	}
+}
+
 func kinds(s *subscriber) (all []runtime.ContainerEventType) {
 	for len(s.queue) > 0 {
 		all = append(all, (<-s.queue).kind)

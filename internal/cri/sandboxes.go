@@ -60,9 +60,6 @@ func (s *runtimeService) PodSandboxStatus(_ context.Context, req *runtime.PodSan
 	for _, c := range s.Containers.InSandbox(r.ID) {
 		resp.ContainersStatuses = append(resp.ContainersStatuses, s.containerStatus(c))
 	}
-	slices.SortFunc(resp.ContainersStatuses, func(a, b *runtime.ContainerStatus) int {
-		return strings.Compare(a.GetId(), b.GetId())
-	})
 	if req.GetVerbose() {
 		if resp.Info, err = info("info", sandboxInfo(r)); err != nil {
 			return nil, err

@@ -172,7 +172,8 @@ var containerCorpus = []containerCase{
 			{ContainerPath: "/a/b/c", HostPath: "/link", Propagation: runtime.MountPropagation_PROPAGATION_BIDIRECTIONAL},
 			{ContainerPath: "/a", HostPath: "/srv/a", Propagation: runtime.MountPropagation_PROPAGATION_HOST_TO_CONTAINER},
 			{ContainerPath: "/a/ro", HostPath: "/srv/ro", Readonly: true, RecursiveReadOnly: true},
-			{ContainerPath: "/a/opts", HostPath: "/srv/opts", MountOptions: []string{"noexec", "nosuid"}},
+			// kubelet sets image_sub_path beside image mounts, whatever the mount's own kind.
+			{ContainerPath: "/a/opts", HostPath: "/srv/opts", ImageSubPath: "opts", MountOptions: []string{"noexec", "nosuid"}},
 			{ContainerPath: "/etc/resolv.conf", HostPath: "/srv/resolv.conf"},
 			{ContainerPath: "/model", Image: &runtime.ImageSpec{Image: "sha256:def"}, ImageSubPath: "weights", MountOptions: []string{"noexec"}},
 			{ContainerPath: "/dev", HostPath: "/dev"},

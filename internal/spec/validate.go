@@ -456,9 +456,9 @@ func validateMount(field string, m *runtime.Mount) error {
 		}
 	} else if err := validatePath(field+".host_path", m.GetHostPath()); err != nil {
 		return err
-	} else if m.GetImageSubPath() != "" {
-		return invalid(field+".image_sub_path", "needs image")
 	}
+	// image_sub_path without image means nothing: kubelet puts every mount's subPath
+	// there when another mount of the container is an image.
 	if m.GetRecursiveReadOnly() {
 		if !m.GetReadonly() {
 			return invalid(field+".recursive_read_only", "needs readonly")
