@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"runtime"
 	"strings"
 	"sync"
@@ -49,6 +50,9 @@ type kubelet struct {
 	// Addr is host:port of the HTTPS endpoints.
 	Addr string
 
+	// expect are errors in kubelet's log that the test itself brings about.
+	expect []*regexp.Regexp
+
 	program string
 	config  string
 	client  *http.Client
@@ -82,7 +86,6 @@ func Start(t TB, opts Options) *Kubelet {
 	if err := k.prepare(n, opts); err != nil {
 		t.Fatalf("prepare kubelet: %v", err)
 	}
-	keepSysctls(t)
 	t.Cleanup(k.end)
 	k.Launch()
 	return k
@@ -187,28 +190,6 @@ func freePort() (int, error) {
 	}
 	defer l.Close()
 	return l.Addr().(*net.TCPAddr).Port, nil
-}
-
-// sysctls are those that kubelet sets for the whole machine at its start.
-var sysctls = []string{
-	"vm/overcommit_memory", "vm/panic_on_oom", "kernel/panic", "kernel/panic_on_oops",
-	"kernel/keys/root_maxkeys", "kernel/keys/root_maxbytes",
-}
-
-// keepSysctls puts the machine's own values back when the test ends.
-func keepSysctls(t TB) {
-	for _, name := range sysctls {
-		path := "/proc/sys/" + name
-		value, err := os.ReadFile(path)
-		if err != nil {
-			continue
-		}
-		t.Cleanup(func() {
-			if err := os.WriteFile(path, value, 0); err != nil {
-				t.Errorf("restore %s: %v", name, err)
-			}
-		})
-	}
 }
 
 // Launch starts the process and returns when it answers; after Stop or Kill, again.

@@ -99,15 +99,15 @@ var errorLine = regexp.MustCompile(`^[EF]\d{4} `)
 func (k *kubelet) complaints() []string {
 	var found []string
 	for line := range strings.Lines(k.Log()) {
-		if errorLine.MatchString(line) && !explained(line) {
+		if errorLine.MatchString(line) && !explained(line, harmless) && !explained(line, k.expect) {
 			found = append(found, strings.TrimSpace(line))
 		}
 	}
 	return found
 }
 
-func explained(line string) bool {
-	for _, pattern := range harmless {
+func explained(line string, patterns []*regexp.Regexp) bool {
+	for _, pattern := range patterns {
 		if pattern.MatchString(line) {
 			return true
 		}
@@ -120,16 +120,23 @@ var harmless = []*regexp.Regexp{
 	// kubelet removes a pod's containers from two places, and asks for the status of
 	// what the other one has removed.
 	regexp.MustCompile(`"ContainerStatus from runtime service failed" err="rpc error: code = NotFound `),
+	// kubelet gives up a call: the pod is going, or a client of its own has left.
+	regexp.MustCompile(`err="rpc error: code = Canceled desc = context canceled"`),
+	regexp.MustCompile(`"Error proxying data from backend to client" err=".*broken pipe"`),
+	// What the tests' own containers do.
+	regexp.MustCompile(`"Error syncing pod, skipping" err="(failed|\[failed) to \\"StartContainer\\" for \\"(flaky|crashing|steady|greedy|fading|sidecar)\\" with CrashLoopBackOff`),
 	// This machine's root may not raise limits.
 	regexp.MustCompile(`"Failed to set rlimit on max file handles" err="operation not permitted"`),
 	// At the start, before the first round of each.
-	regexp.MustCompile(`"Skipping pod synchronization" err="\[container runtime status check may not have completed yet`),
+	regexp.MustCompile(`"Skipping pod synchronization" err="\[?container runtime status check may not have completed yet`),
 	regexp.MustCompile(`"Image garbage collection failed once. Stats initialization may not have completed yet"`),
 	regexp.MustCompile(`"Failed to read data from checkpoint" err="checkpoint is not found"`),
 	// kubelet looks for its own process by a command that is not systemd's.
 	regexp.MustCompile(`"Failed to ensure process in container with oom score" err="failed to find pid namespace of init process"`),
 	// kubelet knows these labels of CRI-O alone; it ignores what it reports.
 	regexp.MustCompile(`failed to check if we have separate container filesystem. Ignoring.`),
+	// cAdvisor watches all cgroups of the machine, and some are gone before it does.
+	regexp.MustCompile(`watcher.go:\d+\] Failed to watch directory .* no such file or directory`),
 	// There is no API server.
 	regexp.MustCompile(`"failed to check if node is newer; using informer node"`),
 }

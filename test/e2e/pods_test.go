@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"bytes"
 	"flag"
 	"os"
 	"strings"
@@ -16,12 +17,38 @@ func TestMain(m *testing.M) {
 	if err := flag.Set("test.parallel", "32"); err != nil {
 		panic(err)
 	}
-	os.Exit(m.Run())
+	restore := keepSysctls()
+	code := m.Run()
+	restore()
+	os.Exit(code)
+}
+
+// keepSysctls returns what gives back the values of those that kubelet sets for the
+// whole machine at its start.
+func keepSysctls() (restore func()) {
+	values := map[string][]byte{}
+	for _, name := range []string{
+		"vm/overcommit_memory", "vm/panic_on_oom", "kernel/panic", "kernel/panic_on_oops",
+		"kernel/keys/root_maxkeys", "kernel/keys/root_maxbytes",
+	} {
+		path := "/proc/sys/" + name
+		if value, err := os.ReadFile(path); err == nil {
+			values[path] = value
+		}
+	}
+	return func() {
+		for path, value := range values {
+			if now, err := os.ReadFile(path); err == nil && !bytes.Equal(now, value) {
+				_ = os.WriteFile(path, value, 0)
+			}
+		}
+	}
 }
 
 // TestPods runs the examples side by side on one kubelet, a row of the pod model
 // each, and more of what a cluster's users do all day.
 func TestPods(t *testing.T) {
+	t.Parallel()
 	k := Start(t, Options{})
 	for _, row := range []struct {
 		name string

@@ -8,6 +8,8 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 // P1: a pod in the host's namespaces.
@@ -128,11 +130,14 @@ func testVolume(t *testing.T, k *Kubelet) {
 
 // Volumes of many kinds.
 func testVolumes(t *testing.T, k *Kubelet) {
+	// Mounts propagate from and to a shared mount only; systemd makes all of them
+	// so, this machine has no systemd.
 	host := k.Dir + "/host-volume"
+	shareDir(t, host)
 	p := k.Run("volumes", "/tmp/podshim-volumes-example", host)
 	status := p.WaitReady()
 	log := p.WaitLog("look", "looked\n")
-	for _, want := range []string{`colour="blue"`, "67108864", "\nfile\n", "/usr/sbin/nginx"} {
+	for _, want := range []string{`colour="blue"`, "67108864", "\nfile\n", "/usr/sbin/nginx", "/image-part/nginx"} {
 		if !strings.Contains(log, want) {
 			t.Errorf("the container does not say %q:\n%s", want, log)
 		}
@@ -143,7 +148,7 @@ func testVolumes(t *testing.T, k *Kubelet) {
 			t.Errorf("%s is %+v, want type %s", point, m, want)
 		}
 	}
-	for _, point := range []string{"/pod-info", "/image"} {
+	for _, point := range []string{"/pod-info", "/image", "/image-part"} {
 		if m, _ := look.MountAt(point); len(m.Options) == 0 || m.Options[0] != "ro" {
 			t.Errorf("%s is mounted %v, want read-only", point, m.Options)
 		}
@@ -172,6 +177,26 @@ func testVolumes(t *testing.T, k *Kubelet) {
 	}
 	if exists(host + "/mnt/here") {
 		t.Error("the host still has the mount that the container has unmounted")
+	}
+}
+
+// shareDir makes a directory that is a shared mount, for as long as the test.
+func shareDir(t *testing.T, dir string) {
+	t.Helper()
+	err := os.Mkdir(dir, 0o755)
+	if err == nil {
+		err = unix.Mount(dir, dir, "", unix.MS_BIND, "")
+	}
+	if err == nil {
+		t.Cleanup(func() {
+			if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
+				t.Errorf("unmount %s: %v", dir, err)
+			}
+		})
+		err = unix.Mount("", dir, "", unix.MS_SHARED, "")
+	}
+	if err != nil {
+		t.Fatalf("make a shared mount: %v", err)
 	}
 }
 
