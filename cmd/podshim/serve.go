@@ -270,7 +270,10 @@ func (d *parts) openPods(context.Context) error {
 	d.onClose(within(d.containers.Close))
 	d.watchExits(exits)
 	d.events.Go(func() { d.collectNetworks(exits) })
-	d.events.Go(func() { d.removeStrangers(exits) })
+	d.events.Go(func() {
+		d.removeStrangers(exits)
+		d.removeOrphans(exits)
+	})
 	return nil
 }
 

@@ -20,14 +20,32 @@ type Group struct {
 	Limit time.Duration
 
 	group singleflight.Group
-	wg    sync.WaitGroup
+
+	mu      sync.Mutex    // guards what follows
+	waiting int           // callers whose operation is not over, those that gave up too
+	idle    chan struct{} // closed when waiting falls to 0; nil unless somebody waits for that
+}
+
+func (g *Group) enter() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.waiting++
+}
+
+func (g *Group) leave() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.waiting--; g.waiting == 0 && g.idle != nil {
+		close(g.idle)
+		g.idle = nil
+	}
 }
 
 // Do runs fn, or joins the fn that runs under the same key, and waits for its
 // result until ctx ends. fn gets a context with the caller's values and without
 // its deadline.
 func Do[T any](ctx context.Context, g *Group, key string, fn func(context.Context) (T, error)) (T, error) {
-	g.wg.Add(1)
+	g.enter()
 	done := g.group.DoChan(key, func() (any, error) {
 		ctx := context.WithoutCancel(ctx)
 		if g.Limit > 0 {
@@ -39,7 +57,7 @@ func Do[T any](ctx context.Context, g *Group, key string, fn func(context.Contex
 	})
 	result := make(chan singleflight.Result, 1)
 	go func() {
-		defer g.wg.Done()
+		defer g.leave()
 		result <- <-done
 	}()
 	select {
@@ -54,11 +72,16 @@ func Do[T any](ctx context.Context, g *Group, key string, fn func(context.Contex
 
 // Wait returns when no operation runs any more, or with the context's error.
 func (g *Group) Wait(ctx context.Context) error {
-	idle := make(chan struct{})
-	go func() {
-		g.wg.Wait()
-		close(idle)
-	}()
+	g.mu.Lock()
+	if g.waiting == 0 {
+		g.mu.Unlock()
+		return nil
+	}
+	if g.idle == nil {
+		g.idle = make(chan struct{})
+	}
+	idle := g.idle
+	g.mu.Unlock()
 	select {
 	case <-idle:
 		return nil

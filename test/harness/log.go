@@ -1,6 +1,7 @@
 package harness
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -101,6 +102,14 @@ func WaitFile(path string, wanted func(content string) bool) error {
 	return waitDir(filepath.Dir(path), func() bool {
 		data, err := os.ReadFile(path)
 		return err == nil && wanted(string(data))
+	}, Limit)
+}
+
+// WaitNoFile returns when nothing is at path any more.
+func WaitNoFile(path string) error {
+	return waitDir(filepath.Dir(path), func() bool {
+		_, err := os.Lstat(path)
+		return errors.Is(err, os.ErrNotExist)
 	}, Limit)
 }
 
