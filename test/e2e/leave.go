@@ -120,11 +120,16 @@ var harmless = []*regexp.Regexp{
 	// kubelet removes a pod's containers from two places, and asks for the status of
 	// what the other one has removed.
 	regexp.MustCompile(`"ContainerStatus from runtime service failed" err="rpc error: code = NotFound `),
+	regexp.MustCompile(`(Failed|failed) to remove .*failed to get container status .* code = NotFound desc = container`),
 	// kubelet gives up a call: the pod is going, or a client of its own has left.
 	regexp.MustCompile(`err="rpc error: code = Canceled desc = context canceled"`),
-	regexp.MustCompile(`"Error proxying data from backend to client" err=".*broken pipe"`),
+	regexp.MustCompile(`"Error proxying data from backend to client" err=".*(broken pipe|connection reset by peer)"`),
 	// What the tests' own containers do.
 	regexp.MustCompile(`"Error syncing pod, skipping" err="(failed|\[failed) to \\"StartContainer\\" for \\"(flaky|crashing|steady|greedy|fading|sidecar)\\" with CrashLoopBackOff`),
+	// A machine that is too busy: a probe of a second, and kubelet's own rounds.
+	regexp.MustCompile(`"ExecSync cmd from runtime service failed" err="rpc error: code = DeadlineExceeded .*cmd=\["cat",`),
+	regexp.MustCompile(`"Housekeeping took longer than expected"`),
+	regexp.MustCompile(`"Partial failure issuing cadvisor.ContainerInfoV2"`),
 	// This machine's root may not raise limits.
 	regexp.MustCompile(`"Failed to set rlimit on max file handles" err="operation not permitted"`),
 	// At the start, before the first round of each.

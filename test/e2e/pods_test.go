@@ -48,7 +48,6 @@ func keepSysctls() (restore func()) {
 // TestPods runs the examples side by side on one kubelet, a row of the pod model
 // each, and more of what a cluster's users do all day.
 func TestPods(t *testing.T) {
-	t.Parallel()
 	k := Start(t, Options{})
 	for _, row := range []struct {
 		name string

@@ -205,15 +205,19 @@ func testPorts(t *testing.T, k *Kubelet) {
 	p := k.Run("ports")
 	p.WaitReady()
 	for _, address := range []string{gateway(t, p) + ":8088", "127.0.0.1:8088"} {
-		resp, err := http.Get("http://" + address + "/")
-		if err != nil {
-			t.Errorf("the host's port: %v", err)
-			continue
-		}
-		body, _ := io.ReadAll(resp.Body)
-		_ = resp.Body.Close()
-		if !strings.Contains(string(body), "nginx") {
-			t.Errorf("%s answers %q", address, body)
+		var answer string
+		if !k.ask(func() bool { // a pod without a readiness probe is ready before it listens
+			resp, err := http.Get("http://" + address + "/")
+			if err != nil {
+				answer = err.Error()
+				return false
+			}
+			defer resp.Body.Close()
+			body, _ := io.ReadAll(resp.Body)
+			answer = string(body)
+			return strings.Contains(answer, "nginx")
+		}) {
+			t.Errorf("%s answers %q", address, answer)
 		}
 	}
 }
