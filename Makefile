@@ -116,3 +116,17 @@ images: ## Test images from Debian's packages, into _artifacts/images
 .PHONY: help
 help: ## This list
 	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*## / {printf "  make %-22s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+##@ A real kubelet
+
+.PHONY: kubelet
+kubelet: ## kubelet, at the version of hack/kubelet (takes minutes, once)
+	@mkdir -p $(TOOLS)
+	@cd hack/kubelet && version=$$(go list -m -f '{{.Version}}' k8s.io/kubernetes) && \
+	CGO_ENABLED=0 go build -ldflags "-X k8s.io/component-base/version.gitVersion=$$version" \
+		-o $(TOOLS)/ k8s.io/kubernetes/cmd/kubelet
+
+.PHONY: e2e
+e2e: build tools images kubelet ## The pods of examples/, run by a real kubelet
+	@$(need) $(NEED_TEST)
+	PODSHIM_BIN_DIR=$(BIN) PODSHIM_TOOLS_DIR=$(TOOLS) go test -count=1 -timeout 20m ./test/e2e/... $(ARGS)
