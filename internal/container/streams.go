@@ -88,21 +88,35 @@ func (m *Manager) Attach(ctx context.Context, id string, s streaming.Streams) er
 	if err != nil {
 		return err
 	}
-	for {
-		err = m.Monitor.Attach(ctx, monitor.AttachRequest{ContainerID: r.ID, Stdout: stdout, Stderr: stderr})
-		if !errdefs.IsUnavailable(err) || ctx.Err() != nil {
-			break
-		}
-		if _, gone := m.running(r.ID); gone != nil {
-			err = nil
-			break
-		}
-	}
+	err = m.attachOutput(ctx, r.ID, stdout, stderr)
 	b.Drain(drainLimit)
 	if err != nil && !errdefs.IsNotFound(err) {
 		return fmt.Errorf("attach to container %s: %w", r.ID, err)
 	}
 	return nil
+}
+
+// reattachPause keeps a monitor that is not available from being asked without
+// end; what the container writes meanwhile is in its log, as ever.
+const reattachPause = 100 * time.Millisecond
+
+// attachOutput has a container's output copied until the container ends, or ctx.
+func (m *Manager) attachOutput(ctx context.Context, id string, stdout, stderr *os.File) error {
+	for {
+		began := time.Now()
+		err := m.Monitor.Attach(ctx, monitor.AttachRequest{ContainerID: id, Stdout: stdout, Stderr: stderr})
+		if !errdefs.IsUnavailable(err) || ctx.Err() != nil {
+			return err
+		}
+		if _, gone := m.running(id); gone != nil {
+			return nil
+		}
+		select {
+		case <-time.After(reattachPause - time.Since(began)):
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
 }
 
 // attachInput gives a client the container's standard input, or its terminal.
@@ -119,12 +133,15 @@ func (m *Manager) attachInput(ctx context.Context, r *Record, b *streaming.Bridg
 		b.Resize(console)
 		return nil
 	}
-	if s.Stdin == nil || !r.Config.GetStdin() {
+	if s.Stdin == nil {
 		return nil
+	}
+	if !r.Config.GetStdin() {
+		return s.Stdin.Close() // discards it: unread, it would hold up the connection
 	}
 	stdin, err := m.Monitor.Stdin(r.ID)
 	if errdefs.IsFailedPrecondition(err) {
-		return nil // the first client has had it
+		return s.Stdin.Close() // the first client has had it
 	}
 	if err != nil {
 		return err

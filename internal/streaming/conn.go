@@ -4,13 +4,16 @@ import (
 	"context"
 	"errors"
 	"io"
+	"maps"
 	"net"
 	"os"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
 
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
 
@@ -38,10 +41,54 @@ func (t *tracked) Accept() (net.Conn, error) {
 func (s *Server) admit(c *conn) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if !s.closed {
-		s.conns[c] = struct{}{}
+	if s.closed {
+		return false
 	}
-	return !s.closed
+	s.conns[c] = struct{}{}
+	if len(s.conns) == 1 {
+		s.sweeps.Reset(sweepPeriod)
+	}
+	return true
+}
+
+// sweepPeriod is how often clients are looked after whose input is not read.
+const sweepPeriod = 5 * time.Second
+
+// sweep ends the connections of clients that have left behind input that
+// nobody takes: the end of such a client stands behind that input, in the
+// client's kernel, which would give up only after minutes.
+func (s *Server) sweep() {
+	if !s.start() {
+		return
+	}
+	defer s.work.Done()
+	s.mu.Lock()
+	conns := slices.Collect(maps.Keys(s.conns))
+	s.mu.Unlock()
+	for _, c := range conns {
+		if c.unread() && peerClosed(c) {
+			c.abort()
+		}
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.closed && len(s.conns) > 0 {
+		s.sweeps.Reset(sweepPeriod)
+	}
+}
+
+// peerClosed tells whether the other end of a connection has been closed. That
+// end is a socket of this machine, as a rule, so the kernel can be asked;
+// false when it is not.
+func peerClosed(c net.Conn) bool {
+	theirs, ok := c.RemoteAddr().(*net.TCPAddr)
+	if !ok {
+		return false
+	}
+	socket, err := netlink.SocketGet(theirs, c.LocalAddr())
+	// The kernel looks for the ports alone.
+	return err == nil && socket.ID.Source.Equal(theirs.IP) &&
+		socket.State != netlink.TCP_ESTABLISHED && socket.State != netlink.TCP_CLOSE_WAIT
 }
 
 // conn is a client's connection, with a context that ends with it.
@@ -58,6 +105,8 @@ type conn struct {
 	cancel  context.CancelFunc
 	linger  *time.Timer
 	rest    net.Conn // the same socket, while the client takes its leave
+
+	queued int // sweep's: what was there to read the last time
 }
 
 type connKey struct{}
@@ -212,7 +261,17 @@ func duplicate(tcp *net.TCPConn) (net.Conn, error) {
 
 // unsent is how many bytes of what was written the client's kernel has not
 // taken; 0 when that cannot be known.
-func unsent(c net.Conn) int {
+func unsent(c net.Conn) int { return queueLength(c, unix.SIOCOUTQ) }
+
+// unread tells whether input has waited since the last call.
+func (c *conn) unread() bool {
+	before := c.queued
+	c.queued = queueLength(c.Conn, unix.SIOCINQ)
+	return before > 0 && c.queued >= before
+}
+
+// queueLength asks for a length of a socket's queue, in bytes.
+func queueLength(c net.Conn, request uint) int {
 	sc, ok := c.(syscall.Conn)
 	if !ok {
 		return 0
@@ -223,7 +282,7 @@ func unsent(c net.Conn) int {
 	}
 	n := 0
 	_ = raw.Control(func(fd uintptr) {
-		if queued, err := unix.IoctlGetInt(int(fd), unix.SIOCOUTQ); err == nil {
+		if queued, err := unix.IoctlGetInt(int(fd), request); err == nil {
 			n = queued
 		}
 	})

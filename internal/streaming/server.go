@@ -8,7 +8,8 @@
 //   - A URL works once, for a minute, and cannot be guessed.
 //   - The context a Runtime gets ends when the client is gone, whether or not
 //     anybody reads from its connection at that moment: the kernel is asked
-//     (EPOLLRDHUP), since a connection whose reader is busy would never tell.
+//     (EPOLLRDHUP), since a connection whose reader is busy would never tell;
+//     of the client's own end, too, since its close stands behind its input.
 //   - Close ends every connection and waits for all that was started for them.
 //
 // A Runtime joins a client's Streams with a process by a Bridge, and a
@@ -107,6 +108,7 @@ type Server struct {
 	closed bool
 	tokens map[string]request
 	conns  map[*conn]struct{}
+	sweeps *time.Timer // runs while there are conns
 }
 
 // request is what a URL stands for.
@@ -143,6 +145,7 @@ func Listen(config Config, rt Runtime) (*Server, error) {
 		config: config, runtime: rt, watcher: w, base: url.URL{Scheme: "http", Host: reachable(listener.Addr())},
 		tokens: make(map[string]request), conns: make(map[*conn]struct{}),
 	}
+	s.sweeps = time.AfterFunc(sweepPeriod, s.sweep)
 	mux := http.NewServeMux()
 	mux.HandleFunc("/exec/{token}", s.serve)
 	mux.HandleFunc("/attach/{token}", s.serve)
@@ -191,6 +194,7 @@ func (s *Server) Close() error {
 		return nil
 	}
 	s.closed = true
+	s.sweeps.Stop()
 	clear(s.tokens)
 	conns := make([]*conn, 0, len(s.conns))
 	for c := range s.conns {

@@ -279,10 +279,13 @@ func TestExecHalfClose(t *testing.T) {
 			if err := c.closeStdin(); err != nil {
 				t.Fatal(err)
 			}
+			// A WebSocket's channels all end with the connection.
+			ended := make(chan string, 1)
+			go func() { ended <- c.status(t) }()
 			if out, err := io.ReadAll(c.stdout); err != nil || string(out) != "a\nb\n" {
 				t.Errorf("%q, %v", out, err)
 			}
-			if got := c.status(t); got != "Success" {
+			if got := within(t, "status", ended); got != "Success" {
 				t.Errorf("status %q", got)
 			}
 		})
@@ -578,4 +581,25 @@ func TestBrokenFrames(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestStalledClientLeaves: the end of a client is noticed though it stands
+// behind input that the process does not take.
+func TestStalledClientLeaves(t *testing.T) {
+	each(t, func(t *testing.T, s *Server, l *local, dial func(*testing.T, string, want) *client) {
+		c := start(t, s, dial, want{stdin: true}, "sleep", "1d")
+		within(t, "start", l.started)
+		if err := c.conn.SetWriteDeadline(time.Now().Add(2 * time.Second)); err != nil {
+			t.Fatal(err)
+		}
+		for {
+			if _, err := c.stdin.Write(make([]byte, 32<<10)); err != nil {
+				break // both kernels are full
+			}
+		}
+		c.conn.Close()
+		if err := within(t, "end", l.returned); !errors.Is(err, context.Canceled) {
+			t.Errorf("ended with %v", err)
+		}
+	})
 }
