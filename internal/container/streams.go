@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"sync"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -73,9 +74,6 @@ func (m *Manager) Attach(ctx context.Context, id string, s streaming.Streams) er
 	}
 	b := streaming.NewBridge(s)
 	defer b.Close()
-	if err := m.attachInput(ctx, r, b, s); err != nil {
-		return err
-	}
 	if s.Stdin != nil && r.Config.GetStdin() && r.Config.GetStdinOnce() {
 		// However the first client leaves (CRI ContainerConfig.stdin_once). After
 		// the Bridge has closed its duplicate, or the end would not be seen.
@@ -88,7 +86,10 @@ func (m *Manager) Attach(ctx context.Context, id string, s streaming.Streams) er
 	if err != nil {
 		return err
 	}
-	err = m.attachOutput(ctx, r.ID, stdout, stderr)
+	// Not before the output is attached: the answer to the first line of input could
+	// be over by then.
+	input := func() error { return m.attachInput(ctx, r, b, s) }
+	err = m.attachOutput(ctx, r.ID, stdout, stderr, input)
 	b.Drain(drainLimit)
 	if err != nil && !errdefs.IsNotFound(err) {
 		return fmt.Errorf("attach to container %s: %w", r.ID, err)
@@ -101,10 +102,25 @@ func (m *Manager) Attach(ctx context.Context, id string, s streaming.Streams) er
 const reattachPause = 100 * time.Millisecond
 
 // attachOutput has a container's output copied until the container ends, or ctx.
-func (m *Manager) attachOutput(ctx context.Context, id string, stdout, stderr *os.File) error {
+// It calls attached once, as soon as nothing of the output is missed any more; an
+// error of that ends it.
+func (m *Manager) attachOutput(ctx context.Context, id string, stdout, stderr *os.File, attached func() error) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	var first sync.Once
+	request := monitor.AttachRequest{ContainerID: id, Stdout: stdout, Stderr: stderr, Attached: func() {
+		first.Do(func() {
+			if err := attached(); err != nil {
+				cancel(err)
+			}
+		})
+	}}
 	for {
 		began := time.Now()
-		err := m.Monitor.Attach(ctx, monitor.AttachRequest{ContainerID: id, Stdout: stdout, Stderr: stderr})
+		err := m.Monitor.Attach(ctx, request)
+		if cause := context.Cause(ctx); cause != nil && cause != ctx.Err() {
+			return cause
+		}
 		if !errdefs.IsUnavailable(err) || ctx.Err() != nil {
 			return err
 		}
