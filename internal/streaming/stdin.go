@@ -38,6 +38,10 @@ func (s *stdin) pump(source io.Reader) {
 			select {
 			case s.data <- buffers[i][:n]:
 			case <-s.closed:
+				// Into a buffer of its own: a Read may still be at one of ours.
+				_, _ = io.Copy(io.Discard, readOnly{source})
+				s.err = io.ErrClosedPipe
+				return
 			}
 		}
 		if err != nil {
