@@ -142,6 +142,8 @@ var harmless = []*regexp.Regexp{
 	regexp.MustCompile(`failed to check if we have separate container filesystem. Ignoring.`),
 	// cAdvisor watches all cgroups of the machine, and some are gone before it does.
 	regexp.MustCompile(`watcher.go:\d+\] Failed to watch directory .* no such file or directory`),
+	// A manifest that comes and goes within a second.
+	regexp.MustCompile(`"Unable to process watch event" err="the pod with key .* doesn't exist in cache"`),
 	// There is no API server.
 	regexp.MustCompile(`"failed to check if node is newer; using informer node"`),
 }

@@ -122,7 +122,11 @@ func streamTTY(t *testing.T, p *Pod) {
 
 func streamAttach(t *testing.T, p *Pod) {
 	before := p.Status().Container("reader")
-	for n := range 2 { // a detached client leaves the container as it was
+	// A detached client leaves the container as it was, and each new one gets the
+	// answer to its first line.
+	var want strings.Builder
+	for n := range 20 {
+		fmt.Fprintf(&want, "read line %d\n", n)
 		s := p.session("attach", "reader", false)
 		if _, err := fmt.Fprintf(s.stdin, "line %d\n", n); err != nil {
 			t.Fatal(err)
@@ -132,7 +136,7 @@ func streamAttach(t *testing.T, p *Pod) {
 		}
 		_ = s.conn.Close()
 	}
-	if log := p.WaitLog("reader", "line 1"); log != "read line 0\nread line 1\n" {
+	if log := p.WaitLog("reader", "line 19"); log != want.String() {
 		t.Errorf("the log holds %q", log)
 	}
 	if now := p.Status().Container("reader"); now.ID() != before.ID() || now.RestartCount != 0 {
