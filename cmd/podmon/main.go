@@ -68,7 +68,7 @@ func run(args []string) error {
 	if err != nil {
 		return err
 	}
-	l, err := server.Listen(filepath.Join(runDir, "podmon", instance))
+	l, err := s.Listen(filepath.Join(runDir, "podmon", instance))
 	if err != nil {
 		return err
 	}

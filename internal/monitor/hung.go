@@ -2,52 +2,42 @@ package monitor
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
-	"net"
+	"io/fs"
+	"os"
+	"path/filepath"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/podshim/podshim/internal/monitor/wire"
 )
 
-// killHung ends a podmon that accepts connections and answers none. Who listens
-// on the socket is known from the kernel alone.
-func killHung(dir string) error {
-	addr, d, err := wire.Address(dir)
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	c, err := net.DialUnix("unix", nil, addr)
-	if errors.Is(err, unix.ECONNREFUSED) {
-		return nil // dead already
+// killFound makes sure that the podmon of a directory is dead, whether or not it
+// can be talked to, and returns when it is. Who it is it has written there itself,
+// before it listened.
+func killFound(ctx context.Context, dir string) error {
+	b, err := os.ReadFile(filepath.Join(dir, wire.ProcessFile))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil // it never listened
 	}
 	if err != nil {
 		return err
 	}
-	defer c.Close()
-	raw, err := c.SyscallConn()
-	if err != nil {
-		return err
+	l := &link{}
+	if err := json.Unmarshal(b, &l.Process); err != nil {
+		return fmt.Errorf("%s: %w", filepath.Join(dir, wire.ProcessFile), err)
 	}
-	var cred *unix.Ucred
-	if cerr := raw.Control(func(fd uintptr) {
-		cred, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
-	}); cerr != nil {
-		return cerr
-	}
-	if err != nil {
-		return fmt.Errorf("peer of hung podmon: %w", err)
-	}
-	fd, err := unix.PidfdOpen(int(cred.Pid), 0)
-	if err == unix.ESRCH {
+	if l.pidfd, err = unix.PidfdOpen(l.Process.PID, 0); err == unix.ESRCH {
 		return nil
 	}
 	if err != nil {
-		return fmt.Errorf("pidfd of hung podmon: %w", err)
+		return fmt.Errorf("pidfd of podmon: %w", err)
 	}
-	l := &link{pidfd: fd}
-	defer unix.Close(fd)
-	return l.kill(context.Background())
+	defer unix.Close(l.pidfd)
+	if !l.Process.Exists() {
+		return nil // its PID is another's
+	}
+	return l.kill(ctx)
 }

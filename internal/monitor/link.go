@@ -304,7 +304,7 @@ func spawn(ctx context.Context, o Options, binary *os.File, name, dir string, on
 
 // launch runs podmon in a session of its own and returns when it listens.
 func launch(o Options, binary *os.File, name, dir string) (*exec.Cmd, error) {
-	logfile, err := os.OpenFile(dir+"/log", os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
+	logfile, err := os.OpenFile(logOf(dir), os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
 	if err != nil {
 		return nil, err
 	}
@@ -355,8 +355,8 @@ func awaitReady(ready *os.File, dir string) error {
 		return fmt.Errorf("start podmon: not listening after %v: %w", readyLimit, errdefs.ErrUnavailable)
 	}
 	if _, err := os.Stat(dir + "/sock"); err != nil {
-		said, _ := os.ReadFile(dir + "/log")
-		return fmt.Errorf("start podmon: it ended at once: %s: %w", said[:min(len(said), 1024)], errdefs.ErrUnavailable)
+		said, _ := lastWords(dir)
+		return fmt.Errorf("start podmon: it ended at once: %s: %w", said, errdefs.ErrUnavailable)
 	}
 	return nil
 }

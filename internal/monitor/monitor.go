@@ -69,7 +69,8 @@ type Monitor struct {
 	cancel context.CancelFunc
 	work   sync.WaitGroup
 
-	remains []string // directories of podmons that New found dead
+	remains []string // directories of podmons that New found dead, or killed
+	fallen  []*link  // those of them that had told of their containers
 
 	// upgrading is held while the current podmon changes, not for requests.
 	upgrading sync.Mutex
@@ -134,6 +135,11 @@ func New(ctx context.Context, o Options) (_ *Monitor, err error) {
 	}
 	if m.current == nil {
 		if err := m.startPodmon(ctx); err != nil {
+			return nil, err
+		}
+	}
+	for _, l := range m.fallen {
+		if err := m.adoptAll(ctx, l); err != nil {
 			return nil, err
 		}
 	}

@@ -10,15 +10,24 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
 
 	"github.com/podshim/podshim/internal/monitor/wire"
 )
 
-// retryStart is the pause between attempts to start a podmon.
-const retryStart = time.Second
+const (
+	// retryStart is the pause between attempts to start a podmon, and to hand
+	// containers over.
+	retryStart = time.Second
+	// adoptAttempts is how often a running container is offered before it is
+	// killed: a minute is enough for descriptors or memory to become free again.
+	adoptAttempts = 60
+)
 
 // reconnect finds the podmons that are alive. The directories of dead ones are
 // kept until their containers, whose output may be in a journal there, have moved.
+// One that cannot be talked to is killed: were it taken for dead, two podmons
+// would read the same output.
 func (m *Monitor) reconnect(ctx context.Context) error {
 	root := filepath.Join(m.o.RunDir, "podmon")
 	entries, err := os.ReadDir(root)
@@ -28,27 +37,33 @@ func (m *Monitor) reconnect(ctx context.Context) error {
 	for _, e := range entries {
 		dir := filepath.Join(root, e.Name())
 		l, err := m.dialLimited(ctx, e.Name(), dir)
-		if err != nil {
-			m.log.WithError(err).WithField("podmon", e.Name()).Info("podmon is gone")
-			m.remains = append(m.remains, dir)
+		if err == nil {
+			err = m.welcome(ctx, l)
+		}
+		if err == nil {
 			continue
 		}
-		if err := m.welcome(ctx, l); err != nil {
-			return err
+		if ctx.Err() != nil {
+			return ctx.Err()
 		}
+		m.log.WithError(err).WithField("podmon", e.Name()).Info("podmon is gone")
+		if err := killFound(ctx, dir); err != nil {
+			return fmt.Errorf("podmon %s does not answer: %w", e.Name(), err)
+		}
+		if l != nil {
+			l.close()
+			m.fallen = append(m.fallen, l)
+		}
+		m.remains = append(m.remains, dir)
 	}
 	return nil
 }
 
-// dialLimited gives up on a podmon that accepts and does not answer, and kills it.
+// dialLimited gives up on a podmon that accepts and does not answer.
 func (m *Monitor) dialLimited(ctx context.Context, name, dir string) (*link, error) {
 	ctx, cancel := context.WithTimeout(ctx, m.o.PingTimeout)
 	defer cancel()
-	l, err := dial(ctx, name, dir, m.onExit)
-	if err != nil && errors.Is(err, context.DeadlineExceeded) {
-		err = errors.Join(err, killHung(dir))
-	}
-	return l, err
+	return dial(ctx, name, dir, m.onExit)
 }
 
 // welcome takes the containers of a podmon over into the Monitor.
@@ -117,6 +132,9 @@ func (m *Monitor) watch(l *link) {
 			m.replace(l)
 			return
 		case <-tick.C:
+			if err := trimLog(l.dir); err != nil {
+				m.log.WithField("podmon", l.name).WithError(err).Warn("limit podmon's log")
+			}
 			if err := l.ping(m.ctx, m.o.PingTimeout); err != nil && m.ctx.Err() == nil {
 				m.log.WithField("podmon", l.name).WithError(err).Warn("podmon does not answer")
 				l.fail()
@@ -153,8 +171,16 @@ func (m *Monitor) replace(l *link) {
 	m.handOver(l)
 }
 
-// bury removes the directory of a podmon that holds nothing any more.
+// bury removes the directory of a podmon that holds nothing any more, and tells
+// what it has said last: a panic, if it died of one.
 func (m *Monitor) bury(dir string) {
+	words, err := lastWords(dir)
+	if err != nil {
+		m.log.WithError(err).Warn("read podmon's log")
+	}
+	if words != "" {
+		m.log.WithField("podmon", filepath.Base(dir)).Warnf("end of the log of a podmon that is gone:\n%s", words)
+	}
 	if err := os.RemoveAll(dir); err != nil {
 		m.log.WithError(err).Warn("remove podmon's directory")
 	}
@@ -171,21 +197,45 @@ func (m *Monitor) pause() bool {
 }
 
 // handOver gives all containers of a dead podmon to the current one, which is
-// started if need be.
+// started if need be. It goes on until all have moved or ended, and lets others
+// change the current podmon between its attempts.
 func (m *Monitor) handOver(from *link) {
-	m.upgrading.Lock()
-	defer m.upgrading.Unlock()
-	for m.ctx.Err() == nil {
-		err := m.ensureCurrent(m.ctx)
-		if err == nil {
-			err = m.adoptAll(m.ctx, from)
-		}
+	for attempt := 1; m.ctx.Err() == nil; attempt++ {
+		err := m.tryHandOver(from)
 		if err == nil {
 			m.bury(from.dir)
 			return
 		}
-		m.log.WithError(err).Error("hand containers over")
+		m.log.WithError(err).WithField("attempt", attempt).Error("hand containers over")
+		if attempt >= adoptAttempts {
+			m.endAll(from)
+		}
 		m.pause()
+	}
+}
+
+func (m *Monitor) tryHandOver(from *link) error {
+	m.upgrading.Lock()
+	defer m.upgrading.Unlock()
+	if err := m.ensureCurrent(m.ctx); err != nil {
+		return err
+	}
+	return errors.Join(m.adoptAll(m.ctx, from), m.adoptOrphans(m.ctx))
+}
+
+// endAll kills the containers that no podmon could take over: kubelet can start
+// them anew, and can do nothing with one that nobody holds.
+func (m *Monitor) endAll(from *link) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for id, h := range m.held {
+		if h.owner != from || h.pidfd < 0 {
+			continue
+		}
+		m.log.WithField("container", id).Error("no podmon can take the container over; killing it")
+		if err := unix.PidfdSendSignal(h.pidfd, unix.SIGKILL, nil, 0); err != nil && err != unix.ESRCH {
+			m.log.WithField("container", id).WithError(err).Error("kill container")
+		}
 	}
 }
 
@@ -200,13 +250,13 @@ func (m *Monitor) ensureCurrent(ctx context.Context) error {
 }
 
 // adoptAll moves every container of from, which reads none of them any more.
+// One that cannot be moved keeps none of the others from it.
 func (m *Monitor) adoptAll(ctx context.Context, from *link) error {
+	var failed error
 	for _, id := range m.heldBy(from) {
-		if err := m.adopt(ctx, id); err != nil {
-			return err
-		}
+		failed = errors.Join(failed, m.adopt(ctx, id))
 	}
-	return m.adoptOrphans(ctx)
+	return failed
 }
 
 func (m *Monitor) heldBy(l *link) []string {
@@ -230,6 +280,7 @@ func (m *Monitor) adoptOrphans(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	var failed error
 	for _, e := range entries {
 		m.mu.Lock()
 		_, known := m.held[e.Name()]
@@ -238,15 +289,13 @@ func (m *Monitor) adoptOrphans(ctx context.Context) error {
 		if known || starting {
 			continue
 		}
-		if err := m.adopt(ctx, e.Name()); err != nil {
-			return err
-		}
+		failed = errors.Join(failed, m.adopt(ctx, e.Name()))
 	}
-	return nil
+	return failed
 }
 
-// adopt gives one container to the current podmon. One that cannot be taken over
-// is left on record for Delete, and must not keep the others from it.
+// adopt gives one container to the current podmon. When it fails, and the
+// container runs, everything of it stays held for another attempt.
 func (m *Monitor) adopt(ctx context.Context, id string) error {
 	m.mu.Lock()
 	to, h := m.current, m.held[id]
@@ -266,9 +315,7 @@ func (m *Monitor) adopt(ctx context.Context, id string) error {
 		return err
 	}
 	if err != nil {
-		m.log.WithField("container", id).WithError(err).Warn("container cannot be taken over")
-		m.giveUp(id, h, err)
-		return nil
+		return m.refused(ctx, to, h, id, err)
 	}
 	defer answer.Close()
 	var status Status
@@ -290,17 +337,34 @@ func (m *Monitor) adopt(ctx context.Context, id string) error {
 	return nil
 }
 
-// giveUp settles a container that no podmon can hold: as far as anybody can
-// know it has ended, with an exit nobody heard.
-func (m *Monitor) giveUp(id string, h *held, cause error) {
+// refused settles a container that podmon would not take over. An exit is told
+// only of one that is known to have ended.
+func (m *Monitor) refused(ctx context.Context, to *link, h *held, id string, cause error) error {
+	log := m.log.WithField("container", id).WithError(cause)
+	if h == nil {
+		if errdefs.IsNotFound(cause) {
+			return nil // its start was cut short; podmon has removed it
+		}
+		// Nobody holds anything of it, so nobody could ever tell of its end.
+		log.Error("container cannot be taken over; removing it")
+		return to.request(ctx, wire.OpDelete, wire.Ref{ID: id}, nil)
+	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if h == nil {
-		return
+	if h.status.Exit == nil && h.pidfd >= 0 && !ended(h.pidfd) {
+		return fmt.Errorf("adopt %s: %w", id, cause)
 	}
+	log.Warn("container has ended and cannot be taken over")
 	h.owner = m.current
 	m.exited(h, Event{ID: id, Exit: Exit{At: time.Now()}})
 	m.announce()
+	return nil
+}
+
+// ended tells whether a pidfd's process is dead.
+func ended(pidfd int) bool {
+	n, err := unix.Poll([]unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}, 0)
+	return n > 0 && err == nil
 }
 
 // Upgrade starts a podmon from Options.Binary and makes it the one for new

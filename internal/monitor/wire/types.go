@@ -97,6 +97,10 @@ const (
 	FileConsole = "console" // master of a pseudo terminal
 )
 
+// ProcessFile, beside the socket, is podmon's own Process as JSON: who to kill
+// when nobody can be talked to.
+const ProcessFile = "process.json"
+
 // Hello is podmon's answer to the first request of a connection.
 type Hello struct {
 	Version int `json:"version"`

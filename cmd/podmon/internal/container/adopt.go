@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/opencontainers/runc/libcontainer"
+	"golang.org/x/sys/unix"
 
 	"github.com/podshim/podshim/cmd/podmon/internal/crilog"
 	"github.com/podshim/podshim/internal/monitor/wire"
@@ -24,6 +25,9 @@ import (
 // the answer is NotFound. One that has exited keeps its exit.
 func (m *Manager) Adopt(ctx context.Context, id string, files *wire.Message) (*Container, error) {
 	c, err := m.claim(id)
+	if err != nil && wire.ToError(err).Class == wire.ClassExists {
+		return m.Get(ctx, id) // by an earlier request, whose answer nobody has heard
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -38,7 +42,12 @@ func (m *Manager) Adopt(ctx context.Context, id string, files *wire.Message) (*C
 	return c, nil
 }
 
-func (c *Container) adopt(ctx context.Context, files *wire.Message) error {
+func (c *Container) adopt(ctx context.Context, files *wire.Message) (err error) {
+	defer func() {
+		if err != nil {
+			c.dismiss()
+		}
+	}()
 	found, err := load(c.dir, recordFile, &c.rec)
 	if err != nil {
 		return err
@@ -65,22 +74,36 @@ func (c *Container) adopt(ctx context.Context, files *wire.Message) error {
 		return c.lost(ctx) // podmon died between removing the state and recording the exit
 	}
 	if c.pidfd = files.File(wire.FilePidfd); c.pidfd == nil {
-		if c.pidfd, err = openPidfd(c.rec.Process); err != nil {
+		if c.pidfd, err = openPidfd(c.rec.Process); errors.Is(err, unix.ESRCH) {
 			return c.lost(ctx)
+		} else if err != nil {
+			return err // it may well be running
 		}
 	}
 	if err := c.resumeOutput(files); err != nil {
 		return err
 	}
-	// From here on the old journal must not be looked at again.
+	// From here on the old journal must not be looked at again. A container runs
+	// on without that, so a full run directory must not keep it from us.
 	c.rec.Owner = c.m.Owner
 	if err := save(c.dir, recordFile, c.rec); err != nil {
-		return fmt.Errorf("record: %w", err)
+		c.log().WithError(err).Warn("record new owner")
 	}
 	if c.output != nil {
 		c.output.Read()
 	}
 	return nil
+}
+
+// dismiss closes all that a failed adoption has opened or been given.
+func (c *Container) dismiss() {
+	c.handles.close()
+	if c.pidfd != nil {
+		c.pidfd.Close()
+	}
+	if c.output != nil {
+		c.output.Drop()
+	}
 }
 
 // lost settles a container that ended while nobody watched, so that its exit
@@ -155,6 +178,9 @@ func (c *Container) resumeOutput(files *wire.Message) (err error) {
 	for _, name := range []string{wire.FileStdout, wire.FileStderr} {
 		if ends[name] = files.File(name); ends[name] == nil {
 			if ends[name], err = openFifo(filepath.Join(c.dir, name)); err != nil {
+				if log != nil {
+					log.Close()
+				}
 				return err
 			}
 		}

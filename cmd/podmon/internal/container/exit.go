@@ -3,6 +3,7 @@ package container
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"syscall"
 	"time"
@@ -13,16 +14,20 @@ import (
 )
 
 // openPidfd opens a pidfd that Go's poller can wait on, so that waiting costs
-// no thread.
+// no thread. ESRCH when the process is gone, not when that cannot be told.
 func openPidfd(p wire.Process) (*os.File, error) {
 	fd, err := unix.PidfdOpen(p.PID, unix.PIDFD_NONBLOCK)
 	if err != nil {
 		return nil, fmt.Errorf("pidfd of %d: %w", p.PID, err)
 	}
 	// Only now is the PID ours to compare: it cannot be reused while we look.
-	if !p.Exists() {
+	now, err := wire.Identify(p.PID)
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ESRCH) || err == nil && now != p {
+		err = unix.ESRCH
+	}
+	if err != nil {
 		unix.Close(fd)
-		return nil, fmt.Errorf("pidfd of %d: %w", p.PID, unix.ESRCH)
+		return nil, fmt.Errorf("pidfd of %d: %w", p.PID, err)
 	}
 	return os.NewFile(uintptr(fd), "pidfd"), nil
 }

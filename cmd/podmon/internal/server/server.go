@@ -46,8 +46,11 @@ func New(config container.Config) (*Server, error) {
 	return s, err
 }
 
-// Listen makes the socket at dir/sock.
-func Listen(dir string) (*net.UnixListener, error) {
+// Listen says in dir who this podmon is, and makes the socket dir/sock.
+func (s *Server) Listen(dir string) (*net.UnixListener, error) {
+	if err := s.sign(dir); err != nil {
+		return nil, fmt.Errorf("listen: %w", err)
+	}
 	addr, d, err := wire.Address(dir)
 	if err != nil {
 		return nil, fmt.Errorf("listen: %w", err)
@@ -59,6 +62,19 @@ func Listen(dir string) (*net.UnixListener, error) {
 	}
 	l.SetUnlinkOnClose(false) // the daemon removes the directory
 	return l, os.Chmod(filepath.Join(dir, "sock"), 0o600)
+}
+
+// sign writes dir/process.json, whole or not at all.
+func (s *Server) sign(dir string) error {
+	b, err := wire.Encode(s.self)
+	if err != nil {
+		return err
+	}
+	path := filepath.Join(dir, wire.ProcessFile)
+	if err := os.WriteFile(path+".new", b, 0o600); err != nil {
+		return err
+	}
+	return os.Rename(path+".new", path)
 }
 
 // Serve answers connections until this podmon is retired.

@@ -81,7 +81,8 @@ func (o *Output) Resume(journal string) error {
 	for _, s := range o.streams {
 		var err error
 		if s.lines.Rest, err = s.rest.load(); err != nil {
-			return err
+			// It costs an incomplete line; the rest of the output is worth more.
+			logrus.WithError(err).WithField("container", o.id).Warn("resume output")
 		}
 	}
 	slots, err := unfinished(journal, o.id)
@@ -134,6 +135,16 @@ func (o *Output) redo(s *stream, slot *slot) {
 func (o *Output) Read() {
 	for _, s := range o.streams {
 		o.readers.Go(func() { o.pump(s) })
+	}
+}
+
+// Drop closes an Output that has not begun to read; what there is to read stays.
+func (o *Output) Drop() {
+	for _, s := range o.streams {
+		s.close()
+	}
+	if o.log != nil {
+		o.log.Close()
 	}
 }
 

@@ -1,0 +1,123 @@
+package monitor_test
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/sirupsen/logrus"
+	"golang.org/x/sys/unix"
+
+	"github.com/podshim/podshim/internal/monitor"
+)
+
+const countForever = "trap 'exit 33' TERM; i=0; while :; do echo $i; i=$((i+1)); done"
+
+// watchLog returns a channel that gets every log message containing text.
+func (m *machine) watchLog(text string) <-chan string {
+	h := &logHook{text: text, seen: make(chan string, 1000)}
+	m.o.Log.Logger.AddHook(h)
+	return h.seen
+}
+
+type logHook struct {
+	text string
+	seen chan string
+}
+
+func (h *logHook) Levels() []logrus.Level { return logrus.AllLevels }
+func (h *logHook) Fire(e *logrus.Entry) error {
+	if strings.Contains(e.Message, h.text) {
+		h.seen <- e.Message
+	}
+	return nil
+}
+
+func await[T any](t testing.TB, what string, c <-chan T) T {
+	t.Helper()
+	select {
+	case v := <-c:
+		return v
+	case <-time.After(20 * time.Second):
+		t.Fatalf("%s does not come", what)
+		panic("unreachable")
+	}
+}
+
+// A container that cannot be taken over at once has not ended for that.
+func TestHandOverDifficult(t *testing.T) {
+	for name, damage := range map[string]func(m *machine, id string) (repair func()){
+		"incomplete line damaged": func(m *machine, id string) func() {
+			must(m.t, os.WriteFile(filepath.Join(m.o.RunDir, "containers", id, "stdout.rest"), []byte("12345678\xff\xff\xff\xffx"), 0o600))
+			return nil
+		},
+		"record not writable": func(m *machine, id string) func() {
+			must(m.t, os.Mkdir(filepath.Join(m.o.RunDir, "containers", id, ".record.json"), 0o700))
+			return nil
+		},
+		"state unreadable for a while": func(m *machine, id string) func() {
+			path := filepath.Join(m.o.RunDir, "state", id, "state.json")
+			good := readFile(m.t, path)
+			must(m.t, os.WriteFile(path, []byte("{"), 0o600))
+			return func() { must(m.t, os.WriteFile(path, []byte(good), 0o600)) }
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			m := newMachine(t)
+			failed := m.watchLog("hand containers over")
+			id, p := m.start("trap 'exit 33' TERM; read x; echo got $x; while :; do sleep 0.01; done", func(r *monitor.StartRequest) { r.Stdin = true })
+			repair := damage(m, id)
+			must(t, syscall.Kill(m.podmons()[0], unix.SIGKILL))
+			if repair != nil {
+				await(t, "failed attempt", failed)
+				if !p.Alive() || m.List()[0].Exit != nil {
+					t.Fatalf("exit invented: %+v", m.List()[0])
+				}
+				repair()
+			}
+			must(t, m.ReopenLog(t.Context(), id))
+			in, err := m.Stdin(id)
+			must(t, err)
+			_, err = in.WriteString("input\n")
+			must(t, err)
+			in.Close()
+			m.awaitLog(id, "got input")
+			must(t, m.Signal(t.Context(), id, unix.SIGTERM, false))
+			if e := m.exit(id); e.Code != 33 || !e.Known {
+				t.Errorf("exit %+v, want 33", e)
+			}
+		})
+	}
+}
+
+// A podmon that New cannot talk to is killed before its containers are taken over.
+func TestUnreachablePodmon(t *testing.T) {
+	for name, cut := range map[string]func(m *machine, pid int){
+		"socket gone": func(m *machine, pid int) {
+			socks, _ := filepath.Glob(filepath.Join(m.o.RunDir, "podmon/*/sock"))
+			must(m.t, os.Remove(socks[0]))
+		},
+		"stopped": func(m *machine, pid int) { must(m.t, syscall.Kill(pid, unix.SIGSTOP)) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			m := newMachine(t)
+			id, _ := m.start(countForever)
+			m.awaitLog(id, " 100\n")
+			old := m.podmons()
+			must(t, m.Close())
+			cut(m, old[0])
+			m.connect()
+			if again := m.podmons(); len(again) != 1 || again[0] == old[0] {
+				t.Errorf("podmons %v, then %v", old, again)
+			}
+			must(t, m.Signal(t.Context(), id, unix.SIGTERM, false))
+			if e := m.exit(id); e.Code != 33 || !e.Known {
+				t.Errorf("exit %+v, want 33", e)
+			}
+			t.Logf("%d lines", checkCounting(t, m.logged(id)))
+		})
+	}
+}
