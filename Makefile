@@ -74,6 +74,12 @@ critest: build tools images ## cri-tools' conformance suite, and a search for le
 	@$(need) $(NEED_TEST)
 	go run ./test/critest $(ARGS)
 
+.PHONY: critest-variants
+critest-variants: build tools images ## The suite with an infra image, and with a handler by name
+	@$(need) $(NEED_TEST)
+	go run ./test/critest -websocket=false -infra-image registry.k8s.io/pause:3.9 $(ARGS)
+	go run ./test/critest -websocket=false -runtime-handler other $(ARGS)
+
 .PHONY: critest-vs-containerd
 critest-vs-containerd: critest peers ## The same suite on containerd, to compare the time it takes
 	go run ./test/critest -runtime containerd -websocket=false $(ARGS)
