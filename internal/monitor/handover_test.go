@@ -1,6 +1,8 @@
 package monitor_test
 
 import (
+	"context"
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
@@ -119,5 +121,43 @@ func TestUnreachablePodmon(t *testing.T) {
 			}
 			t.Logf("%d lines", checkCounting(t, m.logged(id)))
 		})
+	}
+}
+
+// A podmon that hangs is found out even when nothing fits into its socket any more.
+func TestHungWithFullSocket(t *testing.T) {
+	m := newMachine(t)
+	id, _ := m.start(countForever)
+	m.awaitLog(id, " 100\n")
+	must(t, syscall.Kill(m.podmons()[0], unix.SIGSTOP))
+	big := process("true")
+	big.Env = append(big.Env, "BIG="+strings.Repeat("x", 1<<20))
+	done := make(chan error, 4)
+	for range cap(done) {
+		go func() {
+			ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+			defer cancel()
+			_, err := m.Exec(ctx, monitor.ExecRequest{ContainerID: id, Process: big})
+			done <- err
+		}()
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+	defer cancel()
+	signalled := make(chan error, 1)
+	go func() { signalled <- m.Signal(ctx, id, unix.SIGCONT, false) }()
+	if err := await(t, "end of a request that cannot be sent", signalled); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("signal: %v", err)
+	}
+	for range cap(done) {
+		if err := await(t, "end of an exec", done); err == nil {
+			t.Error("exec succeeds in a stopped podmon")
+		}
+	}
+	reopened := make(chan error, 1)
+	go func() { reopened <- m.ReopenLog(t.Context(), id) }()
+	must(t, await(t, "hand-over", reopened))
+	must(t, m.Signal(t.Context(), id, unix.SIGTERM, false))
+	if e := m.exit(id); e.Code != 33 || !e.Known {
+		t.Errorf("exit %+v, want 33", e)
 	}
 }

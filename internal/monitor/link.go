@@ -39,7 +39,7 @@ type link struct {
 	dead    bool
 
 	lost chan struct{} // closed when dead
-	read sync.WaitGroup
+	work sync.WaitGroup
 }
 
 // dial connects to the podmon that listens in dir. Its exits go to onExit, which
@@ -63,7 +63,7 @@ func dial(ctx context.Context, name, dir string, onExit func(*link, Event)) (_ *
 		name: name, dir: dir, conn: conn, pidfd: -1, onExit: onExit,
 		pending: map[uint64]chan *wire.Message{}, lost: make(chan struct{}),
 	}
-	l.read.Go(l.receive)
+	l.work.Go(l.receive)
 	defer func() {
 		if err != nil {
 			l.close()
@@ -131,7 +131,7 @@ func (l *link) fail() {
 // close ends the link and leaves podmon running.
 func (l *link) close() {
 	l.fail()
-	l.read.Wait()
+	l.work.Wait()
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.pidfd >= 0 {
@@ -161,23 +161,41 @@ func (l *link) call(ctx context.Context, op string, body any, attach func(*wire.
 		return nil, err
 	}
 	m := &wire.Message{Op: op, Body: raw}
-	defer m.Close()
 	if attach != nil {
 		if err := attach(m); err != nil {
+			m.Close()
 			return nil, err
 		}
 	}
 	answer := make(chan *wire.Message, 1)
-	if m.ID, err = l.enlist(answer); err != nil {
+	id, err := l.enlist(answer)
+	if err != nil {
+		m.Close()
 		return nil, err
 	}
-	if err := l.conn.Send(m); err != nil {
-		l.desert(m.ID, answer)
-		if wire.ToError(err).Class != "" {
-			return nil, classed(err)
-		}
-		l.fail()
+	m.ID = id
+	sent := make(chan error, 1)
+	if !l.spawn(func() {
+		defer m.Close()
+		sent <- l.conn.Send(m)
+	}) {
+		m.Close()
 		return nil, errLost
+	}
+	select {
+	case err := <-sent:
+		if err != nil {
+			l.desert(id, answer)
+			if wire.ToError(err).Class != "" {
+				return nil, classed(err)
+			}
+			l.fail()
+			return nil, errLost
+		}
+		sent <- nil // for a cancel
+	case <-ctx.Done():
+		l.abandon(id, answer, sent)
+		return nil, ctx.Err()
 	}
 	select {
 	case a := <-answer:
@@ -190,10 +208,31 @@ func (l *link) call(ctx context.Context, op string, body any, attach func(*wire.
 		}
 		return nil, errLost
 	case <-ctx.Done():
-		_ = l.conn.Send(&wire.Message{ID: m.ID, Op: wire.OpCancel}) // a lost link needs no cancel
-		l.desert(m.ID, answer)
+		l.abandon(id, answer, sent)
 		return nil, ctx.Err()
 	}
+}
+
+// spawn runs f beside the caller; close waits for it. False when the link has ended.
+func (l *link) spawn(f func()) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.dead {
+		return false
+	}
+	l.work.Go(f)
+	return true
+}
+
+// abandon stops waiting for an answer and tells podmon so, once the request has
+// been sent. A podmon that takes nothing in makes nobody wait here.
+func (l *link) abandon(id uint64, answer chan *wire.Message, sent <-chan error) {
+	l.spawn(func() {
+		if <-sent == nil {
+			_ = l.conn.Send(&wire.Message{ID: id, Op: wire.OpCancel}) // a lost link needs no cancel
+		}
+	})
+	l.desert(id, answer)
 }
 
 func (l *link) enlist(answer chan *wire.Message) (uint64, error) {
@@ -247,7 +286,8 @@ func classed(err error) error {
 	return err
 }
 
-// ping makes sure that podmon answers: a link that does not within limit is dead.
+// ping asks podmon for a sign of life within limit. The request waits behind
+// others on a full socket, which is no excuse.
 func (l *link) ping(ctx context.Context, limit time.Duration) error {
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()

@@ -46,6 +46,7 @@ import (
 	"os"
 	"sync"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -60,6 +61,10 @@ const (
 	MaxFrame = 16 << 20
 	// MaxFiles is the most descriptors a message carries.
 	MaxFiles = 8
+
+	// sendLimit is how long the other end may take nothing in before it counts
+	// as dead.
+	sendLimit = 30 * time.Second
 
 	headerSize = 8
 	magic      = 0x706d // "pm"
@@ -229,7 +234,8 @@ func NewConn(c *net.UnixConn) (*Conn, error) {
 // Close ends the connection; a blocked Receive returns.
 func (c *Conn) Close() error { return c.c.Close() }
 
-// Send writes one message, which keeps its descriptors until it is closed.
+// Send writes one message, which keeps its descriptors until it is closed. After
+// an error without a class the connection is of no use any more.
 func (c *Conn) Send(m *Message) error {
 	body, err := json.Marshal(m)
 	if err != nil {
@@ -252,6 +258,9 @@ func (c *Conn) Send(m *Message) error {
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if err := c.c.SetWriteDeadline(time.Now().Add(sendLimit)); err != nil {
+		return err
+	}
 	n, _, err := c.c.WriteMsgUnix(frame, oob, nil)
 	if err == nil && n < len(frame) {
 		_, err = c.c.Write(frame[n:])
