@@ -53,7 +53,8 @@ type Status struct {
 }
 
 // Event tells that a container's PID 1 ended, its output is wholly in the log,
-// and no process of it is left.
+// and no process of it is left. (One that cannot be killed holds the event up for
+// half a minute, and Delete for as long as it is there.)
 type Event struct {
 	ID   string `json:"id"`
 	Exit Exit   `json:"exit"`

@@ -20,7 +20,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -65,7 +64,7 @@ type Config struct {
 type Manager struct {
 	Config
 	journal *stdio.Journal
-	reaper  reaper
+	reaper  *reaper
 
 	mu         sync.Mutex
 	containers map[string]*Container
@@ -100,6 +99,7 @@ type Container struct {
 	mu       sync.Mutex
 	handles  handles
 	exit     *wire.Exit
+	cleared  bool // nothing is left that the record would be needed for
 	released bool
 	gone     chan struct{} // closed after exit is set and published
 }
@@ -122,7 +122,7 @@ func (h *handles) close() {
 
 // NewManager makes a Manager on RunDir.
 func NewManager(c Config) (*Manager, error) {
-	m := &Manager{Config: c, containers: map[string]*Container{}}
+	m := &Manager{Config: c, containers: map[string]*Container{}, reaper: newReaper()}
 	for _, dir := range []string{m.stateRoot(), m.containerRoot()} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return nil, err
@@ -261,6 +261,9 @@ func (c *Container) Signal(ctx context.Context, sig syscall.Signal, all bool) er
 	if c.hasExited() {
 		return wire.Errorf(wire.ClassNotFound, "container %s has exited", c.ID)
 	}
+	if sig == unix.SIGKILL {
+		c.expectEnd()
+	}
 	if all {
 		return c.signalAll(ctx, sig)
 	}
@@ -274,7 +277,7 @@ func (c *Container) Signal(ctx context.Context, sig syscall.Signal, all bool) er
 		return fmt.Errorf("signal %d: %w", sig, err)
 	}
 	if sig == unix.SIGKILL {
-		return c.thaw()
+		return thaw(c.cgroup)
 	}
 	return nil
 }
@@ -289,16 +292,13 @@ func (c *Container) signalInit(sig syscall.Signal) error {
 	return control(c.pidfd, func(fd int) error { return unix.PidfdSendSignal(fd, sig, nil, 0) })
 }
 
-// thaw lets a killed process die: on cgroup v1 a frozen one does not.
-func (c *Container) thaw() error {
-	state, err := c.cgroup.GetFreezerState()
-	if err == nil && state == cgroups.Frozen {
-		err = c.cgroup.Freeze(cgroups.Thawed)
-	}
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("thaw: %w", err)
-	}
-	return nil
+// expectEnd looks for what keeps a killed container from ending.
+func (c *Container) expectEnd() {
+	time.AfterFunc(reapPause, func() {
+		if !c.hasExited() {
+			c.m.reaper.look()
+		}
+	})
 }
 
 func (c *Container) signalAll(ctx context.Context, sig syscall.Signal) error {
@@ -328,9 +328,11 @@ func (c *Container) watch() {
 	c.mu.Lock()
 	released := c.released
 	c.mu.Unlock()
+	ctx, cancel := context.WithTimeout(context.Background(), killLimit)
+	defer cancel()
 	if !released {
 		// Ends execs that are being started as well, or the lock would not come.
-		c.killLeftovers()
+		c.killLeftovers(ctx)
 	}
 	c.life.Lock()
 	status, known := c.reap()
@@ -338,21 +340,19 @@ func (c *Container) watch() {
 	c.lc, c.process = nil, nil // config and seccomp profile are large
 	c.life.Unlock()
 	if released {
-		c.m.reaper.clear(c)
 		return
 	}
 	exit := exitOf(status, known, at)
 	exit.OOMKilled = exit.Known && exit.Code == 128+int32(unix.SIGKILL) && oomKills > 0
-	c.clear(lc)
+	cleared := c.clear(ctx, lc)
 	if err := save(c.dir, exitFile, exit); err != nil {
 		c.log().WithError(err).Error("record exit")
 	}
 	c.mu.Lock()
-	c.exit = &exit
+	c.exit, c.cleared = &exit, cleared
 	c.handles.close()
 	c.pidfd.Close()
 	c.mu.Unlock()
-	c.m.reaper.clear(c)
 	close(c.gone)
 	c.m.OnExit(wire.Event{ID: c.ID, Exit: exit})
 }
@@ -363,6 +363,7 @@ func (c *Container) reap() (syscall.WaitStatus, bool) {
 		return foreignStatus(c.rec.Process, c.pidfd)
 	}
 	state, _ := c.process.Wait() // its error is a non-zero exit
+	c.m.reaper.disown(c.rec.Process.PID)
 	if state == nil {
 		return foreignStatus(c.rec.Process, c.pidfd)
 	}
@@ -379,18 +380,17 @@ func (c *Container) oomKills() uint64 {
 }
 
 // killLeftovers kills what PID 1 has left behind.
-func (c *Container) killLeftovers() {
-	ctx, cancel := context.WithTimeout(context.Background(), killLimit)
-	defer cancel()
+func (c *Container) killLeftovers(ctx context.Context) {
 	if err := killAll(ctx, c.cgroup); err != nil {
 		c.log().WithError(err).Warn("kill leftovers")
 	}
 }
 
 // clear kills what was started at the last moment, reads the output to its end,
-// and removes the cgroup and libcontainer's state.
-func (c *Container) clear(lc *libcontainer.Container) {
-	c.killLeftovers()
+// and removes the cgroup and libcontainer's state. When it is false, something is
+// left: Delete tries again, and does not succeed before it has gone.
+func (c *Container) clear(ctx context.Context, lc *libcontainer.Container) bool {
+	c.killLeftovers(ctx)
 	if c.output != nil {
 		if err := c.output.Drain(drainLimit); err != nil {
 			c.log().WithError(err).Warn("close log")
@@ -398,7 +398,9 @@ func (c *Container) clear(lc *libcontainer.Container) {
 	}
 	if err := lc.Destroy(); err != nil {
 		c.log().WithError(err).Warn("remove container")
+		return false
 	}
+	return true
 }
 
 // Delete kills the container if it runs, and removes all that is known of it.
@@ -416,6 +418,14 @@ func (c *Container) Delete(ctx context.Context) error {
 		case <-c.gone:
 		case <-ctx.Done():
 			return fmt.Errorf("wait for the end of PID 1: %w", ctx.Err())
+		}
+	}
+	c.mu.Lock()
+	cleared := c.cleared
+	c.mu.Unlock()
+	if !cleared {
+		if err := removeCgroup(ctx, c.rec); err != nil {
+			return err
 		}
 	}
 	if err := c.m.removeFiles(c.ID); err != nil {
@@ -452,19 +462,43 @@ func (m *Manager) DeleteUnknown(ctx context.Context, id string) error {
 	if _, err := load(filepath.Join(m.containerRoot(), id), recordFile, &rec); err != nil {
 		logrus.WithError(err).WithField("container", id).Warn("record is unreadable; removing it")
 	}
-	if len(rec.CgroupPaths) > 0 {
-		cg, err := cgroupAt(rec)
-		if err != nil {
-			return err
-		}
-		if err := killAll(ctx, cg); err != nil {
-			return err
-		}
-		if err := cg.Destroy(); err != nil {
-			return fmt.Errorf("remove cgroup: %w", err)
-		}
+	if len(rec.CgroupPaths) == 0 {
+		m.recall(id, &rec)
+	}
+	if err := removeCgroup(ctx, rec); err != nil {
+		return err
 	}
 	return m.removeFiles(id)
+}
+
+// recall completes a record that is damaged with what libcontainer has on file.
+func (m *Manager) recall(id string, rec *record) {
+	lc, err := libcontainer.Load(m.stateRoot(), id)
+	if err != nil {
+		return
+	}
+	if state, err := lc.State(); err == nil {
+		rec.CgroupPaths, rec.Systemd = state.CgroupPaths, m.SystemdCgroup
+	}
+}
+
+// removeCgroup kills what is in a container's cgroup and removes it; the gone,
+// and one that was never made, is success.
+func removeCgroup(ctx context.Context, rec record) error {
+	if len(rec.CgroupPaths) == 0 {
+		return nil
+	}
+	cg, err := cgroupAt(rec)
+	if err != nil {
+		return err
+	}
+	if err := killAll(ctx, cg); err != nil {
+		return err
+	}
+	if err := cg.Destroy(); err != nil {
+		return fmt.Errorf("remove cgroup: %w", err)
+	}
+	return nil
 }
 
 // cgroupAt makes a manager for the cgroup a record names.

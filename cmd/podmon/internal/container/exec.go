@@ -43,6 +43,8 @@ func (c *Container) Exec(r wire.ExecRequest) (_ *Exec, err error) {
 	} else {
 		giveStdio(process, r)
 	}
+	end := c.m.reaper.begin()
+	defer end()
 	if err := c.runExec(process); err != nil {
 		return nil, err
 	}
@@ -73,6 +75,7 @@ func (c *Container) Exec(r wire.ExecRequest) (_ *Exec, err error) {
 		}
 		e.Console = os.NewFile(uintptr(fd), "console")
 	}
+	c.m.reaper.own(pid)
 	go e.watch(c.m)
 	return e, nil
 }
@@ -87,10 +90,7 @@ func (c *Container) runExec(process *libcontainer.Process) error {
 	if err := c.lc.Run(process); err != nil {
 		err, known := classify("exec", err)
 		if !known {
-			c.m.reaper.suspect(c)
-			if c.hasExited() { // and was cleared before
-				c.m.reaper.clear(c)
-			}
+			c.m.reaper.look()
 		}
 		if c.hasExited() || !c.rec.Process.Alive() {
 			return wire.Errorf(wire.ClassPrecondition, "exec: container %s has exited: %w", c.ID, err)
@@ -148,6 +148,7 @@ func (e *Exec) watch(m *Manager) {
 	at, _ := awaitPidfd(e.pidfd)
 	var status syscall.WaitStatus
 	state, _ := e.process.Wait() // its error is a non-zero exit
+	m.reaper.disown(e.Process.PID)
 	known := false
 	if state != nil {
 		status, known = state.Sys().(syscall.WaitStatus)

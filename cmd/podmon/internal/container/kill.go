@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"path/filepath"
 	"time"
 
 	"github.com/opencontainers/cgroups"
@@ -51,9 +52,33 @@ func killRound(cg cgroups.Manager, pids []int, freeze bool) error {
 	for _, pid := range pids {
 		_ = unix.Kill(pid, unix.SIGKILL) // the gone is success
 	}
-	// Killed processes die once thawed; somebody else may have frozen them.
-	if state, err := cg.GetFreezerState(); err == nil && state == cgroups.Frozen {
-		return cg.Freeze(cgroups.Thawed)
+	if freeze {
+		_ = cg.Freeze(cgroups.Thawed) // thaw tells
+	}
+	return thaw(cg)
+}
+
+// thaw lets killed processes die: on cgroup v1 a frozen one does not. Others may
+// have frozen them, in cgroups of their own below the container's.
+func thaw(cg cgroups.Manager) error {
+	if cgroups.IsCgroup2UnifiedMode() {
+		return nil
+	}
+	root := cg.Path("freezer")
+	if root == "" {
+		return nil
+	}
+	err := filepath.WalkDir(root, func(dir string, e fs.DirEntry, err error) error {
+		if err == nil && e.IsDir() {
+			err = cgroups.WriteFile(dir, "freezer.state", string(cgroups.Thawed))
+		}
+		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENODEV) {
+			return nil // gone
+		}
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("thaw: %w", err)
 	}
 	return nil
 }

@@ -20,13 +20,17 @@ import (
 // keeps PID 1 from ever ending, because the kernel lets a namespace's init go
 // last (zap_pid_ns_processes).
 //
-// A zombie somebody waits for is gone within microseconds. So what is a zombie
-// at two looks reapPause apart is waited for by nobody.
+// A zombie is lost when it is nobody's: not a process that is owned, and not one
+// of a start or exec that was in flight when it was first seen and still is. (What
+// has begun later has not made it.)
 type reaper struct {
 	mu       sync.Mutex
-	suspects map[*Container]struct{} // running, with an exec that failed oddly
-	until    time.Time               // look at least until then
+	flights  map[uint64]struct{} // numbers of the starts and execs in flight
+	last     uint64
+	owned    map[int]int // PIDs that somebody waits for, each how often
+	until    time.Time   // look at least until then
 	running  bool
+	sighting map[wire.Process]uint64 // the last flight at that time; the loop's own
 }
 
 const (
@@ -35,15 +39,45 @@ const (
 	reapAfter = 10 * time.Second
 )
 
-// suspect has the reaper look for lost children of c until c has exited, and
-// for a while in any case.
-func (r *reaper) suspect(c *Container) {
+func newReaper() *reaper {
+	return &reaper{flights: map[uint64]struct{}{}, owned: map[int]int{}}
+}
+
+// begin keeps the reaper from what a start or exec makes, until the returned
+// function is called; what is to stay must be owned by then.
+func (r *reaper) begin() (end func()) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.suspects == nil {
-		r.suspects = map[*Container]struct{}{}
+	r.last++
+	n := r.last
+	r.flights[n] = struct{}{}
+	return func() {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		delete(r.flights, n)
 	}
-	r.suspects[c] = struct{}{}
+}
+
+// own keeps the reaper from a process whose owner waits for it.
+func (r *reaper) own(pid int) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.owned[pid]++
+}
+
+// disown is called when its owner has waited for the process.
+func (r *reaper) disown(pid int) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.owned[pid]--; r.owned[pid] <= 0 {
+		delete(r.owned, pid)
+	}
+}
+
+// look has the reaper look for lost children for a while.
+func (r *reaper) look() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
 	r.until = time.Now().Add(reapAfter)
 	if !r.running {
 		r.running = true
@@ -51,17 +85,10 @@ func (r *reaper) suspect(c *Container) {
 	}
 }
 
-// clear ends the suspicion against a container that has exited, or never began.
-func (r *reaper) clear(c *Container) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	delete(r.suspects, c)
-}
-
 func (r *reaper) over() bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if len(r.suspects) > 0 || time.Now().Before(r.until) {
+	if time.Now().Before(r.until) {
 		return false
 	}
 	r.running = false
@@ -69,25 +96,56 @@ func (r *reaper) over() bool {
 }
 
 func (r *reaper) run() {
-	var before map[wire.Process]struct{}
 	for !r.over() {
-		now := zombies()
-		for p := range now {
-			if _, still := before[p]; !still {
-				continue
-			}
+		for p := range r.lost(zombies()) {
 			if _, err := unix.Wait4(p.PID, nil, unix.WNOHANG, nil); err == nil {
 				logrus.WithField("pid", p.PID).Info("reaped a lost helper")
 			}
 		}
-		before = now
 		time.Sleep(reapPause)
 	}
 }
 
-// zombies are our children that have ended and not been waited for.
+// lost returns those of the zombies that are nobody's.
+func (r *reaper) lost(now map[wire.Process]struct{}) map[wire.Process]struct{} {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	lost, sighting := map[wire.Process]struct{}{}, map[wire.Process]uint64{}
+	for p := range now {
+		if r.owned[p.PID] > 0 {
+			continue
+		}
+		seen, before := r.sighting[p]
+		if !before {
+			seen = r.last
+		}
+		sighting[p] = seen
+		if !r.flownBefore(seen) {
+			lost[p] = struct{}{}
+		}
+	}
+	r.sighting = sighting
+	return lost
+}
+
+// flownBefore tells whether a flight up to that number goes on; mu is held.
+func (r *reaper) flownBefore(number uint64) bool {
+	for n := range r.flights {
+		if n <= number {
+			return true
+		}
+	}
+	return false
+}
+
+// zombies are our children that have ended and not been waited for. Whether there
+// is one at all the kernel tells without a look at every process.
 func zombies() map[wire.Process]struct{} {
 	found := map[wire.Process]struct{}{}
+	var info unix.Siginfo
+	if err := unix.Waitid(unix.P_ALL, 0, &info, unix.WEXITED|unix.WNOHANG|unix.WNOWAIT, nil); err != nil || info.Signo == 0 {
+		return found
+	}
 	proc, err := os.Open("/proc")
 	if err != nil {
 		return found

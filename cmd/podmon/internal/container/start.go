@@ -34,7 +34,9 @@ func (m *Manager) Start(ctx context.Context, r wire.StartRequest) (*Container, e
 	if err != nil {
 		return nil, err
 	}
+	end := m.reaper.begin()
 	err = c.start(r)
+	end()
 	m.settle(c, err)
 	if err != nil {
 		return nil, err
@@ -55,8 +57,9 @@ func (c *Container) start(r wire.StartRequest) (err error) {
 		}
 		return err
 	}
+	clean := true // else the record stays, by which Delete finds what is left
 	defer func() {
-		if err != nil {
+		if err != nil && clean {
 			err = errors.Join(err, c.m.removeFiles(c.ID))
 		}
 	}()
@@ -66,7 +69,9 @@ func (c *Container) start(r wire.StartRequest) (err error) {
 	defer func() {
 		if err != nil {
 			c.handles.close()
-			err = errors.Join(err, c.lc.Destroy())
+			derr := c.lc.Destroy()
+			clean = derr == nil
+			err = errors.Join(err, derr)
 		}
 	}()
 	ends, err := c.openStdio(r, process)
@@ -78,8 +83,7 @@ func (c *Container) start(r wire.StartRequest) (err error) {
 		c.terminate(process)
 		err, known := classify("start", err)
 		if !known {
-			c.m.reaper.suspect(c)
-			c.m.reaper.clear(c) // it will not run; look for a while only
+			c.m.reaper.look()
 		}
 		return err
 	}
@@ -93,6 +97,7 @@ func (c *Container) start(r wire.StartRequest) (err error) {
 		c.terminate(process)
 		return err
 	}
+	c.m.reaper.own(c.rec.Process.PID)
 	return nil
 }
 
