@@ -48,6 +48,7 @@ func run(args []string) error {
 		return errors.New("usage: podmon serve RUNDIR INSTANCE [systemd]")
 	}
 	runDir, instance := args[1], args[2]
+	defaultSignals()
 	// Caught and dropped, not ignored: containers would inherit that.
 	signal.Notify(make(chan os.Signal, 1), syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP, syscall.SIGPIPE)
 	syscall.Umask(0o022) // containers inherit it
