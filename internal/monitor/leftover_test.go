@@ -7,8 +7,11 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/podshim/podshim/internal/monitor"
 )
@@ -68,4 +71,74 @@ func TestDeleteFrozenChild(t *testing.T) {
 		must(t, os.WriteFile(dir+"/freezer.state", []byte("THAWED"), 0)) // let the rest end
 	}
 	must(t, err)
+}
+
+// Containers that ended while neither daemon nor podmon was there hold nobody up.
+func TestManyLost(t *testing.T) {
+	m := newMachine(t)
+	var ids []string
+	var pids []monitor.Process
+	for range 6 {
+		id, p := m.start("printf half; exec sleep 1000")
+		m.awaitTaken(id)
+		ids, pids = append(ids, id), append(pids, p)
+	}
+	podmon := m.podmons()[0]
+	must(t, m.Close())
+	must(t, syscall.Kill(podmon, unix.SIGKILL))
+	_, err := syscall.Wait4(podmon, nil, 0, nil)
+	must(t, err)
+	for _, p := range pids {
+		must(t, syscall.Kill(p.PID, unix.SIGKILL))
+		awaitGone(t, p)
+	}
+	began := time.Now()
+	m.connect()
+	for _, id := range ids {
+		m.exit(id)
+		if got := m.logged(id); got != "stdout P half\n" {
+			t.Errorf("log %q", got)
+		}
+	}
+	if took := time.Since(began); took > 1500*time.Millisecond {
+		t.Errorf("took %v", took)
+	}
+}
+
+// awaitTaken waits until podmon has put an incomplete line on file.
+func (m *machine) awaitTaken(id string) {
+	m.t.Helper()
+	m.awaitFile(filepath.Join(m.o.RunDir, "containers", id, "stdout.rest"))
+}
+
+func (m *machine) awaitFile(path string) {
+	m.t.Helper()
+	for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); {
+		if st, err := os.Stat(path); err == nil && st.Size() > 0 {
+			return
+		}
+	}
+	m.t.Fatalf("%s does not come", path)
+}
+
+// An exit is on file before the clearing up that may take long.
+func TestExitSurvivesBoth(t *testing.T) {
+	m := newMachine(t)
+	id, _ := m.start("read x; exit 7", func(r *monitor.StartRequest) { r.Stdin = true })
+	dir := filepath.Join(m.o.RunDir, "containers", id)
+	writer, err := os.OpenFile(filepath.Join(dir, "stdout"), os.O_WRONLY, 0) // holds the output open
+	must(t, err)
+	defer writer.Close()
+	must(t, m.CloseStdin(t.Context(), id))
+	m.awaitFile(filepath.Join(dir, "reaped.json"))
+	podmon := m.podmons()[0]
+	must(t, m.Close())
+	must(t, syscall.Kill(podmon, unix.SIGKILL))
+	_, err = syscall.Wait4(podmon, nil, 0, nil)
+	must(t, err)
+	writer.Close()
+	m.connect()
+	if e := m.exit(id); e.Code != 7 || !e.Known {
+		t.Errorf("exit %+v, want 7", e)
+	}
 }

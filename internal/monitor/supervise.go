@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -250,13 +251,25 @@ func (m *Monitor) ensureCurrent(ctx context.Context) error {
 }
 
 // adoptAll moves every container of from, which reads none of them any more.
-// One that cannot be moved keeps none of the others from it.
 func (m *Monitor) adoptAll(ctx context.Context, from *link) error {
-	var failed error
-	for _, id := range m.heldBy(from) {
-		failed = errors.Join(failed, m.adopt(ctx, id))
+	return m.adoptEach(ctx, m.heldBy(from))
+}
+
+// adoptEach adopts containers, several at once: none waits for another one that
+// is hard to take over, or fails with it.
+func (m *Monitor) adoptEach(ctx context.Context, ids []string) error {
+	errs := make([]error, len(ids))
+	slots := make(chan struct{}, 32) // each takes descriptors while it is underway
+	var wg sync.WaitGroup
+	for i, id := range ids {
+		wg.Go(func() {
+			slots <- struct{}{}
+			defer func() { <-slots }()
+			errs[i] = m.adopt(ctx, id)
+		})
 	}
-	return failed
+	wg.Wait()
+	return errors.Join(errs...)
 }
 
 func (m *Monitor) heldBy(l *link) []string {
@@ -280,18 +293,17 @@ func (m *Monitor) adoptOrphans(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	var failed error
+	var orphans []string
 	for _, e := range entries {
 		m.mu.Lock()
 		_, known := m.held[e.Name()]
 		_, starting := m.starting[e.Name()]
 		m.mu.Unlock()
-		if known || starting {
-			continue
+		if !known && !starting {
+			orphans = append(orphans, e.Name())
 		}
-		failed = errors.Join(failed, m.adopt(ctx, e.Name()))
 	}
-	return failed
+	return m.adoptEach(ctx, orphans)
 }
 
 // adopt gives one container to the current podmon. When it fails, and the
@@ -347,7 +359,12 @@ func (m *Monitor) refused(ctx context.Context, to *link, h *held, id string, cau
 		}
 		// Nobody holds anything of it, so nobody could ever tell of its end.
 		log.Error("container cannot be taken over; removing it")
-		return to.request(ctx, wire.OpDelete, wire.Ref{ID: id}, nil)
+		ctx, cancel := context.WithTimeout(ctx, m.o.PingTimeout)
+		defer cancel()
+		if err := to.request(ctx, wire.OpDelete, wire.Ref{ID: id}, nil); err != nil {
+			log.WithField("because", err).Error("remove container; Delete will try again")
+		}
+		return nil
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()

@@ -6,8 +6,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"syscall"
-	"time"
 
 	"github.com/opencontainers/runc/libcontainer"
 	"golang.org/x/sys/unix"
@@ -61,22 +59,27 @@ func (c *Container) adopt(ctx context.Context, files *wire.Message) (err error) 
 		return nil
 	}
 	if !found || c.rec.Process.PID == 0 {
+		ctx, cancel := context.WithTimeout(ctx, undoLimit)
+		defer cancel()
 		err := c.m.DeleteUnknown(ctx, c.ID)
 		return errors.Join(wire.Errorf(wire.ClassNotFound, "container %s was never started", c.ID), err)
+	}
+	var reaped wire.Exit
+	if ok, err := load(c.dir, reapedFile, &reaped); err != nil {
+		c.log().WithError(err).Warn("load exit")
+	} else if ok {
+		c.reaped = &reaped
 	}
 	if c.cgroup, err = cgroupAt(c.rec); err != nil {
 		return err
 	}
-	if c.lc, err = libcontainer.Load(c.m.stateRoot(), c.ID); err != nil {
-		if !errors.Is(err, libcontainer.ErrNotExist) {
-			return fmt.Errorf("load: %w", err)
-		}
-		return c.lost(ctx) // podmon died between removing the state and recording the exit
+	// Without state there is no container: podmon died while it removed it.
+	if c.lc, err = libcontainer.Load(c.m.stateRoot(), c.ID); err != nil && !errors.Is(err, libcontainer.ErrNotExist) {
+		return fmt.Errorf("load: %w", err)
 	}
 	if c.pidfd = files.File(wire.FilePidfd); c.pidfd == nil {
-		if c.pidfd, err = openPidfd(c.rec.Process); errors.Is(err, unix.ESRCH) {
-			return c.lost(ctx)
-		} else if err != nil {
+		c.pidfd, err = openPidfd(c.rec.Process)
+		if err != nil && !errors.Is(err, unix.ESRCH) {
 			return err // it may well be running
 		}
 	}
@@ -103,49 +106,6 @@ func (c *Container) dismiss() {
 	}
 	if c.output != nil {
 		c.output.Drop()
-	}
-}
-
-// lost settles a container that ended while nobody watched, so that its exit
-// code is not known.
-func (c *Container) lost(ctx context.Context) error {
-	exit := wire.Exit{At: time.Now()}
-	if status, ok := c.rec.Process.ZombieStatus(); ok {
-		exit.Known = true
-		exit = exitOf(syscall.WaitStatus(status), true, exit.At)
-	}
-	if err := killAll(ctx, c.cgroup); err != nil {
-		return err
-	}
-	c.drainLost()
-	var err error
-	if c.lc != nil {
-		err = c.lc.Destroy()
-	} else {
-		err = c.cgroup.Destroy()
-	}
-	if err != nil {
-		return fmt.Errorf("remove container: %w", err)
-	}
-	if err := save(c.dir, exitFile, exit); err != nil {
-		return fmt.Errorf("record exit: %w", err)
-	}
-	c.exit = &exit
-	close(c.gone)
-	return nil
-}
-
-// drainLost writes what the files still hold to the log.
-func (c *Container) drainLost() {
-	if err := c.resumeOutput(&wire.Message{}); err != nil {
-		c.log().WithError(err).Warn("read remaining output")
-		return
-	}
-	if c.output != nil {
-		c.output.Read()
-		if err := c.output.Drain(drainLimit); err != nil {
-			c.log().WithError(err).Warn("close log")
-		}
 	}
 }
 
@@ -177,7 +137,7 @@ func (c *Container) resumeOutput(files *wire.Message) (err error) {
 	ends := map[string]*os.File{}
 	for _, name := range []string{wire.FileStdout, wire.FileStderr} {
 		if ends[name] = files.File(name); ends[name] == nil {
-			if ends[name], err = openFifo(filepath.Join(c.dir, name)); err != nil {
+			if ends[name], err = reopenFifo(filepath.Join(c.dir, name)); err != nil {
 				if log != nil {
 					log.Close()
 				}
@@ -187,6 +147,22 @@ func (c *Container) resumeOutput(files *wire.Message) (err error) {
 	}
 	c.output = c.newOutput(log, ends[wire.FileStdout], ends[wire.FileStderr])
 	return c.output.Resume(c.m.journalOf(c.rec.Owner))
+}
+
+// reopenFifo opens podmon's end. A FIFO shows its end only to those who have seen
+// a writer, so there is one for a moment.
+func reopenFifo(path string) (*os.File, error) {
+	f, err := openFifo(path)
+	if err != nil {
+		return nil, err
+	}
+	fd, err := unix.Open(path, unix.O_WRONLY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	if err != nil {
+		f.Close()
+		return nil, fmt.Errorf("open fifo %s: %w", path, err)
+	}
+	unix.Close(fd)
+	return f, nil
 }
 
 // Release stops reading and forgets the container, which runs on; another

@@ -46,6 +46,9 @@ const (
 	// drainLimit is how long output may stay open after the last process of the
 	// container has ended: a descriptor was passed elsewhere.
 	drainLimit = 2 * time.Second
+	// undoLimit is how long adoption may take to remove what a start that was cut
+	// short has left. Delete has what takes longer.
+	undoLimit = 5 * time.Second
 )
 
 // Config is what all containers of a podmon share.
@@ -86,6 +89,7 @@ type Container struct {
 	cgroup  cgroups.Manager
 	pidfd   *os.File
 	output  *stdio.Output
+	reaped  *wire.Exit // by a podmon that died before it had cleared up
 
 	// life is held for reading while a process is started in the container, and
 	// for writing while its limits change and while PID 1 is reaped. So the PID by
@@ -95,6 +99,9 @@ type Container struct {
 	// starts a process in a destroyed container without any namespace, that is,
 	// on the host.
 	lc *libcontainer.Container
+
+	killBy time.Time   // watch's own: when killing leftovers ends
+	killed atomic.Bool // podmon has sent SIGKILL
 
 	mu       sync.Mutex
 	handles  handles
@@ -262,6 +269,7 @@ func (c *Container) Signal(ctx context.Context, sig syscall.Signal, all bool) er
 		return wire.Errorf(wire.ClassNotFound, "container %s has exited", c.ID)
 	}
 	if sig == unix.SIGKILL {
+		c.killed.Store(true)
 		c.expectEnd()
 	}
 	if all {
@@ -286,7 +294,7 @@ func (c *Container) Signal(ctx context.Context, sig syscall.Signal, all bool) er
 func (c *Container) signalInit(sig syscall.Signal) error {
 	c.mu.Lock() // the pidfd stays open
 	defer c.mu.Unlock()
-	if c.exit != nil {
+	if c.exit != nil || c.pidfd == nil {
 		return unix.ESRCH
 	}
 	return control(c.pidfd, func(fd int) error { return unix.PidfdSendSignal(fd, sig, nil, 0) })
@@ -319,20 +327,18 @@ func (c *Container) signalAll(ctx context.Context, sig syscall.Signal) error {
 
 // watch waits for PID 1's end and then leaves nothing of the container but its exit.
 func (c *Container) watch() {
-	at, err := awaitPidfd(c.pidfd)
-	if err != nil {
-		c.log().WithError(err).Error("wait for pidfd")
-		at = time.Now()
+	if c.lc == nil {
+		c.killLeftovers() // podmon died in the middle of this
+		_ = c.signalInit(unix.SIGKILL)
 	}
+	at := c.awaitEnd()
 	oomKills := c.oomKills()
 	c.mu.Lock()
 	released := c.released
 	c.mu.Unlock()
-	ctx, cancel := context.WithTimeout(context.Background(), killLimit)
-	defer cancel()
 	if !released {
 		// Ends execs that are being started as well, or the lock would not come.
-		c.killLeftovers(ctx)
+		c.killLeftovers()
 	}
 	c.life.Lock()
 	status, known := c.reap()
@@ -343,29 +349,57 @@ func (c *Container) watch() {
 		return
 	}
 	exit := exitOf(status, known, at)
-	exit.OOMKilled = exit.Known && exit.Code == 128+int32(unix.SIGKILL) && oomKills > 0
-	cleared := c.clear(ctx, lc)
+	exit.OOMKilled = exit.Known && exit.Code == 128+int32(unix.SIGKILL) && oomKills > 0 && !c.killed.Load()
+	exit = c.reapedOnce(exit)
+	cleared := c.clear(lc)
 	if err := save(c.dir, exitFile, exit); err != nil {
 		c.log().WithError(err).Error("record exit")
 	}
 	c.mu.Lock()
 	c.exit, c.cleared = &exit, cleared
 	c.handles.close()
-	c.pidfd.Close()
+	if c.pidfd != nil {
+		c.pidfd.Close()
+	}
 	c.mu.Unlock()
 	close(c.gone)
 	c.m.OnExit(wire.Event{ID: c.ID, Exit: exit})
 }
 
+// awaitEnd returns when PID 1 has ended, with the time of that.
+func (c *Container) awaitEnd() time.Time {
+	if c.pidfd == nil {
+		return time.Now()
+	}
+	at, err := awaitPidfd(c.pidfd)
+	if err != nil {
+		c.log().WithError(err).Error("wait for pidfd")
+		return time.Now()
+	}
+	return at
+}
+
+// reapedOnce keeps the exit on file as soon as it is known, for clearing up may
+// take long; and goes by what a podmon that died in that has left there.
+func (c *Container) reapedOnce(exit wire.Exit) wire.Exit {
+	if c.reaped != nil {
+		return *c.reaped
+	}
+	if err := save(c.dir, reapedFile, exit); err != nil {
+		c.log().WithError(err).Error("record exit")
+	}
+	return exit
+}
+
 // reap returns PID 1's wait status; it has ended already.
 func (c *Container) reap() (syscall.WaitStatus, bool) {
 	if c.process == nil {
-		return foreignStatus(c.rec.Process, c.pidfd)
+		return c.foreignStatus()
 	}
 	state, _ := c.process.Wait() // its error is a non-zero exit
 	c.m.reaper.disown(c.rec.Process.PID)
 	if state == nil {
-		return foreignStatus(c.rec.Process, c.pidfd)
+		return c.foreignStatus()
 	}
 	status, ok := state.Sys().(syscall.WaitStatus)
 	return status, ok
@@ -379,8 +413,14 @@ func (c *Container) oomKills() uint64 {
 	return n
 }
 
-// killLeftovers kills what PID 1 has left behind.
-func (c *Container) killLeftovers(ctx context.Context) {
+// killLeftovers kills what PID 1 has left behind. All calls together take no
+// longer than killLimit.
+func (c *Container) killLeftovers() {
+	if c.killBy.IsZero() {
+		c.killBy = time.Now().Add(killLimit)
+	}
+	ctx, cancel := context.WithDeadline(context.Background(), c.killBy)
+	defer cancel()
 	if err := killAll(ctx, c.cgroup); err != nil {
 		c.log().WithError(err).Warn("kill leftovers")
 	}
@@ -389,14 +429,18 @@ func (c *Container) killLeftovers(ctx context.Context) {
 // clear kills what was started at the last moment, reads the output to its end,
 // and removes the cgroup and libcontainer's state. When it is false, something is
 // left: Delete tries again, and does not succeed before it has gone.
-func (c *Container) clear(ctx context.Context, lc *libcontainer.Container) bool {
-	c.killLeftovers(ctx)
+func (c *Container) clear(lc *libcontainer.Container) bool {
+	c.killLeftovers()
 	if c.output != nil {
 		if err := c.output.Drain(drainLimit); err != nil {
 			c.log().WithError(err).Warn("close log")
 		}
 	}
-	if err := lc.Destroy(); err != nil {
+	destroy := c.cgroup.Destroy
+	if lc != nil {
+		destroy = lc.Destroy
+	}
+	if err := destroy(); err != nil {
 		c.log().WithError(err).Warn("remove container")
 		return false
 	}
@@ -406,6 +450,7 @@ func (c *Container) clear(ctx context.Context, lc *libcontainer.Container) bool 
 // Delete kills the container if it runs, and removes all that is known of it.
 func (c *Container) Delete(ctx context.Context) error {
 	if !c.hasExited() {
+		c.killed.Store(true)
 		if err := killAll(ctx, c.cgroup); err != nil {
 			return err
 		}

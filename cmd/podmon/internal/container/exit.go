@@ -65,12 +65,14 @@ func control(file *os.File, f func(fd int) error) error {
 // foreignStatus returns the wait status of a process that has ended and is
 // another's child. Linux 6.15 keeps it with every pidfd that was open when the
 // parent reaped it; a zombie shows it in /proc/PID/stat.
-func foreignStatus(p wire.Process, pidfd *os.File) (syscall.WaitStatus, bool) {
+func (c *Container) foreignStatus() (syscall.WaitStatus, bool) {
 	for range 2 { // it may be reaped between the two looks
-		if status, ok := pidfdStatus(pidfd); ok {
-			return status, true
+		if c.pidfd != nil {
+			if status, ok := pidfdStatus(c.pidfd); ok {
+				return status, true
+			}
 		}
-		if status, ok := p.ZombieStatus(); ok {
+		if status, ok := c.rec.Process.ZombieStatus(); ok {
 			return syscall.WaitStatus(status), true
 		}
 	}

@@ -15,7 +15,8 @@ import (
 // podmon goes on from.
 const (
 	recordFile = "record.json"
-	exitFile   = "exit.json"
+	reapedFile = "reaped.json" // the exit, once PID 1 is reaped
+	exitFile   = "exit.json"   // the same, once nothing is left of the container
 )
 
 // record is what a podmon knows of a container besides libcontainer's state.
