@@ -63,7 +63,7 @@ func run(args []string) error {
 		return err
 	}
 	s, err := server.New(container.Config{
-		RunDir: runDir, Owner: instance, OOMScoreAdj: score,
+		RunDir: runDir, Owner: instance, OOMScoreAdj: max(score, 0),
 		SystemdCgroup: len(args) > 3 && args[3] == "systemd",
 	})
 	if err != nil {
@@ -80,7 +80,8 @@ func run(args []string) error {
 }
 
 // protect asks the kernel to kill others first when memory runs out, and returns
-// the score from before, which is for containers. Where it is not allowed to
+// the score from before. Containers get none below 0 unless they ask for it (the
+// daemon's unit has -999), and none below this one, which may not be allowed. Where it is not allowed to
 // (CAP_SYS_RESOURCE), the lowest score that is allowed is the one podmon has.
 func protect() (before int, err error) {
 	const file, lowest = "/proc/self/oom_score_adj", -999

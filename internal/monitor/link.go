@@ -225,15 +225,26 @@ func (l *link) spawn(f func()) bool {
 }
 
 // abandon stops waiting for an answer and tells podmon so, once the request has
-// been sent. A podmon that takes nothing in makes nobody wait here.
+// been sent. The caller's next request comes after that, unless podmon takes
+// nothing in: then nobody waits long here.
 func (l *link) abandon(id uint64, answer chan *wire.Message, sent <-chan error) {
-	l.spawn(func() {
+	told := make(chan struct{})
+	if l.spawn(func() {
+		defer close(told)
 		if <-sent == nil {
 			_ = l.conn.Send(&wire.Message{ID: id, Op: wire.OpCancel}) // a lost link needs no cancel
 		}
-	})
+	}) {
+		select {
+		case <-told:
+		case <-time.After(tellLimit):
+		}
+	}
 	l.desert(id, answer)
 }
+
+// tellLimit is how long a caller whose time is over waits for its cancel to be sent.
+const tellLimit = 100 * time.Millisecond
 
 func (l *link) enlist(answer chan *wire.Message) (uint64, error) {
 	l.mu.Lock()
@@ -274,6 +285,7 @@ var classes = map[string]error{
 	wire.ClassNotFound: errdefs.ErrNotFound, wire.ClassInvalid: errdefs.ErrInvalidArgument,
 	wire.ClassExists: errdefs.ErrAlreadyExists, wire.ClassPrecondition: errdefs.ErrFailedPrecondition,
 	wire.ClassUnavailable:  errdefs.ErrUnavailable,
+	wire.ClassCutOff:       errdefs.ErrAborted,
 	wire.ClassNoExecutable: ErrNoExecutable, wire.ClassNotExecutable: ErrNotExecutable,
 }
 

@@ -348,10 +348,11 @@ func (m *Monitor) Delete(ctx context.Context, id string) error {
 	return nil
 }
 
-// Attach copies output until the container ends, the reader is cut off, podmon is
-// lost or replaced (Unavailable: attach again), or ctx ends (then its error). The caller closes the
-// files when it has returned; that is the reader's end of file. A reader that
-// goes away is noticed with the next output, so the caller ends ctx then.
+// Attach copies output until the container ends (nil), the reader is cut off because
+// it is too slow or has gone (Aborted), podmon is lost or replaced (Unavailable:
+// attach again), or ctx ends (then its error). The caller closes the files when it
+// has returned; that is the reader's end of file. A reader that goes away is noticed
+// with the next output, so the caller ends ctx then.
 func (m *Monitor) Attach(ctx context.Context, r AttachRequest) error {
 	if err := m.known(r.ContainerID); err != nil {
 		return err

@@ -101,6 +101,7 @@ const (
 	ClassExists        = "exists"
 	ClassPrecondition  = "precondition"
 	ClassUnavailable   = "unavailable"
+	ClassCutOff        = "cut-off"        // an attached reader that was too slow, or has gone
 	ClassNoExecutable  = "no-executable"  // 127 in a shell
 	ClassNotExecutable = "not-executable" // 126 in a shell
 )

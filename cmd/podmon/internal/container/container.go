@@ -56,7 +56,7 @@ type Config struct {
 	RunDir        string
 	Owner         string // this podmon's instance name
 	SystemdCgroup bool
-	// OOMScoreAdj is for containers whose spec says none: podmon's own is lower.
+	// OOMScoreAdj is for containers whose spec says none: podmon's own is not theirs.
 	OOMScoreAdj int
 	// OnExit is told of every exit, after everything of the container is gone
 	// and the exit is on file. It must not block.

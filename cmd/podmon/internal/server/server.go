@@ -457,6 +457,9 @@ func (ss *session) attachWait(ctx context.Context, req, _ *wire.Message) (any, e
 	if a.Moved() {
 		return nil, wire.Errorf(wire.ClassUnavailable, "another podmon has the container; attach again")
 	}
+	if err := a.Err(); err != nil {
+		return nil, wire.Errorf(wire.ClassCutOff, "%w", err)
+	}
 	return nil, nil
 }
 

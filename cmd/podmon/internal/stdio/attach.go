@@ -2,8 +2,11 @@ package stdio
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"os"
 	"sync"
+	"sync/atomic"
 )
 
 // attachLimit is how far an attached reader may fall behind before it is cut off.
@@ -14,10 +17,18 @@ type Attachment struct {
 	o     *Output
 	sinks map[string]*sink
 	wg    sync.WaitGroup
+	why   atomic.Pointer[error] // why it was cut off
 }
+
+// Reasons for which an attachment is cut off before the output has ended.
+var (
+	ErrSlow = fmt.Errorf("attached reader is more than %d bytes behind", attachLimit)
+	ErrGone = errors.New("attached reader has gone")
+)
 
 // sink queues output for one descriptor of a reader.
 type sink struct {
+	a *Attachment
 	f *os.File
 
 	mu     sync.Mutex
@@ -33,7 +44,7 @@ func newAttachment(o *Output, stdout, stderr *os.File) *Attachment {
 		if f == nil {
 			continue
 		}
-		s := &sink{f: f}
+		s := &sink{a: a, f: f}
 		s.wake = sync.NewCond(&s.mu)
 		a.sinks[name] = s
 		a.wg.Go(s.run)
@@ -41,24 +52,51 @@ func newAttachment(o *Output, stdout, stderr *os.File) *Attachment {
 	return a
 }
 
-// put queues output; a reader that is too far behind is cut off.
+// put queues output; a reader that is too far behind is cut off, from both its
+// streams: with one of them missing the other would look whole.
 func (a *Attachment) put(stream string, p []byte) {
 	s := a.sinks[stream]
 	if s == nil {
 		return
 	}
+	if !s.add(p) {
+		a.cutOff(ErrSlow)
+	}
+}
+
+// add queues output unless it is too much.
+func (s *sink) add(p []byte) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.closed {
-		return
+		return true
 	}
 	if len(s.queue)+len(p) > attachLimit {
-		s.closed, s.queue = true, nil
-		s.f.Close() // also ends a write underway
-	} else {
-		s.queue = append(s.queue, p...)
+		return false
 	}
+	s.queue = append(s.queue, p...)
 	s.wake.Signal()
+	return true
+}
+
+// cutOff ends the attachment at once, for the first reason there is.
+func (a *Attachment) cutOff(why error) {
+	a.why.CompareAndSwap(nil, &why)
+	for _, s := range a.sinks {
+		s.mu.Lock()
+		s.closed, s.queue = true, nil
+		s.wake.Signal()
+		s.mu.Unlock()
+		s.f.Close() // also ends a write underway
+	}
+}
+
+// Err tells, after Wait, why the attachment was cut off; nil when it was not.
+func (a *Attachment) Err() error {
+	if why := a.why.Load(); why != nil {
+		return *why
+	}
+	return nil
 }
 
 // finish lets queued output go out and ends the attachment then.
@@ -107,9 +145,9 @@ func (s *sink) run() {
 			return
 		}
 		if _, err := s.f.Write(out); err != nil {
-			s.mu.Lock()
-			s.closed, s.queue = true, nil
-			s.mu.Unlock()
+			if !errors.Is(err, os.ErrClosed) { // by Close, or already cut off
+				s.a.cutOff(ErrGone)
+			}
 			return
 		}
 	}

@@ -17,6 +17,7 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/sirupsen/logrus"
@@ -25,8 +26,12 @@ import (
 	"github.com/podshim/podshim/cmd/podmon/internal/crilog"
 )
 
-// chunk is how much is read at once: what a pipe holds by default.
-const chunk = 64 << 10
+const (
+	// chunk is how much is read at once: what a pipe holds by default.
+	chunk = 64 << 10
+	// maxPipe is what a pipe holds at most (/proc/sys/fs/pipe-max-size).
+	maxPipe = 1 << 20
+)
 
 // terminalChunks are for terminals, which have no slot in the journal.
 var terminalChunks = sync.Pool{New: func() any { return &slot{mem: make([]byte, slotHead+4096), index: -1} }}
@@ -44,9 +49,10 @@ type Output struct {
 	attached map[*Attachment]struct{}
 	over     bool
 
-	streams []*stream
-	readers sync.WaitGroup
-	moved   atomic.Bool
+	streams  []*stream
+	readers  sync.WaitGroup
+	released atomic.Bool // before moved: readers leave the rest alone
+	moved    atomic.Bool
 }
 
 type stream struct {
@@ -176,14 +182,14 @@ func (s *stream) close() {
 	s.f.Close()
 }
 
-// pump ends at end of file or when the read deadline is set to the past.
+// pump ends at end of file, or when the read deadline is set to the past.
 func (o *Output) pump(s *stream) {
 	defer s.close()
 	raw, err := s.f.SyscallConn()
 	if err != nil {
 		return
 	}
-	read := o.readPipe
+	var read reader = o.readPipe
 	if s.terminal {
 		read = readTerminal
 	}
@@ -195,7 +201,10 @@ func (o *Output) pump(s *stream) {
 			return err != unix.EAGAIN
 		})
 		if errors.Is(werr, os.ErrDeadlineExceeded) {
-			return // released: the rest is on file for the successor
+			if !o.released.Load() { // else the rest is for the successor
+				o.readRest(s, raw, read)
+			}
+			return
 		}
 		if err = errors.Join(werr, err); err != nil {
 			logrus.WithError(err).WithField("container", o.id).Error("read output")
@@ -204,12 +213,39 @@ func (o *Output) pump(s *stream) {
 			o.flush(s)
 			return
 		}
-		o.deliver(s, c)
-		if s.terminal {
-			terminalChunks.Put(c)
-		} else {
-			o.journal.put(c)
+		o.consume(s, c)
+	}
+}
+
+// readRest reads what is there when waiting is over, and no more than a pipe can
+// hold: who holds it open may go on writing.
+func (o *Output) readRest(s *stream, raw syscall.RawConn, read reader) {
+	for left := maxPipe; left > 0; {
+		var c *slot
+		var err error
+		cerr := raw.Control(func(fd uintptr) { c, err = read(int(fd), s.lines.Stream) })
+		if err = errors.Join(cerr, err); err != nil && !errors.Is(err, unix.EAGAIN) {
+			logrus.WithError(err).WithField("container", o.id).Error("read rest of output")
 		}
+		if c == nil {
+			return
+		}
+		left -= len(c.data())
+		o.consume(s, c)
+	}
+}
+
+// reader reads a chunk from a descriptor without waiting: EAGAIN is nothing there,
+// no slot is the end.
+type reader func(fd int, stream string) (*slot, error)
+
+// consume puts a chunk where it belongs and gives its memory back.
+func (o *Output) consume(s *stream, c *slot) {
+	o.deliver(s, c)
+	if s.terminal {
+		terminalChunks.Put(c)
+	} else {
+		o.journal.put(c)
 	}
 }
 
@@ -345,6 +381,7 @@ func (o *Output) Drain(limit time.Duration) error {
 
 // Release stops reading for a successor and closes the log.
 func (o *Output) Release() error {
+	o.released.Store(true)
 	o.interrupt()
 	o.readers.Wait()
 	o.moved.Store(true)
