@@ -55,6 +55,13 @@ func decode(raw []byte) (entry, error) {
 	}, nil
 }
 
+// IsTombstone tells whether raw, a file of the run directory, is the mark of a
+// removed record: it is there until the removal is in the database as well.
+func IsTombstone(raw []byte) bool {
+	e, err := decode(raw)
+	return err == nil && e.deleted
+}
+
 // partial marks a file that a crash may have left half written.
 const partial = ".partial"
 

@@ -177,12 +177,19 @@ func TestTombstoneHidesTheDatabasesCopy(t *testing.T) {
 	if err := s.writeRun(key{Containers, "a"}, entry{seq: s.seq + 1, deleted: true}); err != nil {
 		t.Fatal(err)
 	}
+	mark := filepath.Join(p.RunDir, string(Containers), "a")
+	if raw, err := os.ReadFile(mark); err != nil || !IsTombstone(raw) {
+		t.Errorf("no mark of the removal: %v", err)
+	}
 	s = p.open(t)
 	want(t, s, map[string]string{})
 	if err := s.Sync(); err != nil {
 		t.Fatal(err)
 	}
 	s.Close()
+	if _, err := os.Stat(mark); err == nil {
+		t.Error("the mark outlives the removal")
+	}
 	s = p.open(t)
 	want(t, s, map[string]string{})
 }

@@ -225,7 +225,11 @@ func critest(ctx context.Context, o options, place *private.Place, name string, 
 // first beside the daemon, which must hold nothing for pods that are gone, then
 // after it has stopped.
 func leaksOf(scope machine.Scope, place *private.Place, empty, idle []machine.Thing, daemon runtime) ([]machine.Thing, error) {
-	held, err := besideDaemon(scope).Held()
+	err := settle(place.Path("run", "state"))
+	var held []machine.Thing
+	if err == nil {
+		held, err = besideDaemon(scope).Held()
+	}
 	if err != nil {
 		return nil, errors.Join(err, daemon.Kill())
 	}
@@ -264,6 +268,9 @@ func standing(ctx context.Context, o options, place *private.Place, scope machin
 	id, err := onePod(ctx, o, place)
 	if err != nil {
 		return nil, fmt.Errorf("run a first pod: %w", err)
+	}
+	if err := settle(place.Path("run", "state")); err != nil {
+		return nil, err
 	}
 	after, err := besideDaemon(scope).Held()
 	if err != nil {
