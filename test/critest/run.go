@@ -225,7 +225,7 @@ func critest(ctx context.Context, o options, place *private.Place, name string, 
 // first beside the daemon, which must hold nothing for pods that are gone, then
 // after it has stopped.
 func leaksOf(scope machine.Scope, place *private.Place, empty, idle []machine.Thing, daemon runtime) ([]machine.Thing, error) {
-	err := settle(place.Path("run", "state"))
+	err := settleRecords(place.Path("run", "state"))
 	var held []machine.Thing
 	if err == nil {
 		held, err = besideDaemon(scope).Held()
@@ -269,7 +269,7 @@ func standing(ctx context.Context, o options, place *private.Place, scope machin
 	if err != nil {
 		return nil, fmt.Errorf("run a first pod: %w", err)
 	}
-	if err := settle(place.Path("run", "state")); err != nil {
+	if err := settleRecords(place.Path("run", "state")); err != nil {
 		return nil, err
 	}
 	after, err := besideDaemon(scope).Held()

@@ -17,10 +17,10 @@ import (
 // answered for.
 const settleLimit = 10 * time.Second
 
-// settle waits until no removed record's mark is left in podshim's state
+// settleRecords waits until no removed record's mark is left in podshim's state
 // directory: they are no leak, and stay until the database knows of the removal.
 // Another runtime has no such directory.
-func settle(dir string) error {
+func settleRecords(dir string) error {
 	kinds, err := os.ReadDir(dir)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
