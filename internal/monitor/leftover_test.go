@@ -2,6 +2,7 @@ package monitor_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -11,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
 	"github.com/podshim/podshim/internal/monitor"
@@ -141,4 +143,84 @@ func TestExitSurvivesBoth(t *testing.T) {
 	if e := m.exit(id); e.Code != 7 || !e.Known {
 		t.Errorf("exit %+v, want 7", e)
 	}
+}
+
+// A start that hangs can be deleted.
+func TestDeleteHungStart(t *testing.T) {
+	m := newMachine(t)
+	id := m.id()
+	r := monitor.StartRequest{ID: id, Spec: m.spec(id, "true"), Discard: true}
+	r.Spec.Hooks = &specs.Hooks{CreateContainer: []specs.Hook{{Path: "/bin/sleep", Args: []string{"sleep", "1000"}}}}
+	ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
+	defer cancel()
+	if _, err := m.Start(ctx, r); !errors.Is(err, context.DeadlineExceeded) {
+		t.Fatalf("start: %v", err)
+	}
+	ctx, cancel = context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	must(t, m.Delete(ctx, id))
+	if dirs, _ := filepath.Glob("/sys/fs/cgroup/*" + m.cgroup + "/" + id); len(dirs) > 0 {
+		t.Errorf("cgroup left: %v", dirs)
+	}
+}
+
+// A PID 1 that dies before its program runs leaves no thread of podmon behind.
+func TestEarlyDeath(t *testing.T) {
+	m := newMachine(t)
+	tasks := fmt.Sprintf("/proc/%d/task/*", m.podmons()[0])
+	before, _ := filepath.Glob(tasks)
+	const starts = 15
+	for range starts {
+		id := m.id()
+		r := monitor.StartRequest{ID: id, Spec: m.spec(id, "true"), Discard: true}
+		r.Spec.Linux.Seccomp = &specs.LinuxSeccomp{DefaultAction: specs.ActKillProcess}
+		if _, err := m.Start(t.Context(), r); err == nil {
+			t.Fatal("started")
+		}
+	}
+	after, _ := filepath.Glob(tasks)
+	if len(after) >= len(before)+starts {
+		t.Errorf("%d threads, %d before", len(after), len(before))
+	}
+}
+
+// A terminal outlives a PID 1's closing of it.
+func TestTerminalReopened(t *testing.T) {
+	m := newMachine(t)
+	id, _ := m.start("echo one; exec 0<&- 1>&- 2>&-; sleep 0.2; exec 1>/dev/console; echo two; exit 4",
+		func(r *monitor.StartRequest) { r.Spec.Process.Terminal = true })
+	if e := m.exit(id); e.Code != 4 || !e.Known {
+		t.Errorf("exit %+v, want 4", e)
+	}
+	if got := m.logged(id); got != "stdout F one\r\nstdout F two\r\n" {
+		t.Errorf("log %q", got)
+	}
+}
+
+func TestHealth(t *testing.T) {
+	m := newMachine(t)
+	must(t, m.Health())
+	good := m.Monitor
+	m.hideBinary(func() {
+		must(t, syscall.Kill(m.podmons()[0], unix.SIGKILL))
+		for deadline := time.Now().Add(10 * time.Second); ; {
+			if err := good.Health(); err != nil && strings.Contains(err.Error(), "no such file") {
+				t.Log(err)
+				break
+			} else if time.Now().After(deadline) {
+				t.Fatalf("health without a podmon: %v", err)
+			}
+		}
+	})
+	id, _ := m.start("exit 0") // waits for the next podmon
+	m.exit(id)
+	must(t, m.Health())
+}
+
+// hideBinary runs f while podmon's program is not there.
+func (m *machine) hideBinary(f func()) {
+	m.t.Helper()
+	must(m.t, os.Rename(podmonBinary, podmonBinary+".away"))
+	defer os.Rename(podmonBinary+".away", podmonBinary)
+	f()
 }

@@ -38,8 +38,9 @@ type link struct {
 	pending map[uint64]chan *wire.Message
 	dead    bool
 
-	lost chan struct{} // closed when dead
-	work sync.WaitGroup
+	lost   chan struct{} // closed when dead
+	killed chan struct{} // closed when the podmon is known to be dead as well
+	work   sync.WaitGroup
 }
 
 // dial connects to the podmon that listens in dir. Its exits go to onExit, which
@@ -61,7 +62,7 @@ func dial(ctx context.Context, name, dir string, onExit func(*link, Event)) (_ *
 	}
 	l := &link{
 		name: name, dir: dir, conn: conn, pidfd: -1, onExit: onExit,
-		pending: map[uint64]chan *wire.Message{}, lost: make(chan struct{}),
+		pending: map[uint64]chan *wire.Message{}, lost: make(chan struct{}), killed: make(chan struct{}),
 	}
 	l.work.Go(l.receive)
 	defer func() {

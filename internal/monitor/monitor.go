@@ -78,6 +78,8 @@ type Monitor struct {
 	mu       sync.Mutex
 	closed   bool
 	current  *link // nil while there is none
+	trouble  error // why there is none
+	troubled time.Time
 	links    map[*link]struct{}
 	held     map[string]*held
 	starting map[string]struct{}

@@ -96,6 +96,7 @@ func (m *Monitor) admit(l *link) {
 	defer m.mu.Unlock()
 	m.links[l] = struct{}{}
 	m.current = l
+	m.trouble = nil
 	m.announce()
 	m.work.Go(func() { m.watch(l) })
 }
@@ -138,6 +139,7 @@ func (m *Monitor) watch(l *link) {
 			}
 			if err := l.ping(m.ctx, m.o.PingTimeout); err != nil && m.ctx.Err() == nil {
 				m.log.WithField("podmon", l.name).WithError(err).Warn("podmon does not answer")
+				m.unwell(fmt.Errorf("podmon does not answer: %w", err))
 				l.fail()
 			}
 		}
@@ -151,6 +153,34 @@ func (m *Monitor) discard(l *link) {
 	delete(m.links, l)
 	if m.current == l {
 		m.current = nil
+		if m.trouble == nil {
+			m.trouble, m.troubled = errLost, time.Now()
+		}
+	}
+}
+
+// unwell notes why there is no podmon that answers.
+func (m *Monitor) unwell(why error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.trouble == nil {
+		m.troubled = time.Now()
+	}
+	m.trouble = why
+}
+
+// Health is nil when new containers can be started: there is a podmon, and it has
+// answered the last ping. Otherwise it says since when not and why.
+func (m *Monitor) Health() error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	switch {
+	case m.closed:
+		return fmt.Errorf("monitor is closed: %w", errdefs.ErrUnavailable)
+	case m.current != nil:
+		return nil
+	default:
+		return fmt.Errorf("no podmon since %s: %w", m.troubled.Format(time.RFC3339), m.trouble)
 	}
 }
 
@@ -169,6 +199,7 @@ func (m *Monitor) replace(l *link) {
 		}
 	}
 	l.close()
+	close(l.killed)
 	m.handOver(l)
 }
 
@@ -201,6 +232,11 @@ func (m *Monitor) pause() bool {
 // started if need be. It goes on until all have moved or ended, and lets others
 // change the current podmon between its attempts.
 func (m *Monitor) handOver(from *link) {
+	select {
+	case <-from.killed: // or two would read the same output
+	case <-m.ctx.Done():
+		return
+	}
 	for attempt := 1; m.ctx.Err() == nil; attempt++ {
 		err := m.tryHandOver(from)
 		if err == nil {
@@ -208,6 +244,7 @@ func (m *Monitor) handOver(from *link) {
 			return
 		}
 		m.log.WithError(err).WithField("attempt", attempt).Error("hand containers over")
+		m.unwell(err)
 		if attempt >= adoptAttempts {
 			m.endAll(from)
 		}

@@ -128,6 +128,7 @@ func (c *Container) resumeOutput(files *wire.Message) (err error) {
 		if err != nil {
 			return fmt.Errorf("duplicate console: %w", err)
 		}
+		c.openSlave()
 		c.output = c.newOutput(log, dup, nil)
 		return c.output.Resume(c.m.journalOf(c.rec.Owner))
 	}
@@ -166,12 +167,19 @@ func reopenFifo(path string) (*os.File, error) {
 }
 
 // Release stops reading and forgets the container, which runs on; another
-// podmon can adopt it when Release has returned. As long as this process lives
+// podmon can adopt it when Release has returned. One that is ending is settled here
+// first. As long as this process lives
 // it stays the parent of PID 1, and reaps it.
 func (c *Container) Release() error {
 	c.mu.Lock()
 	if c.exit != nil {
 		c.mu.Unlock()
+		c.m.forget(c)
+		return nil
+	}
+	if c.ending {
+		c.mu.Unlock()
+		<-c.gone
 		c.m.forget(c)
 		return nil
 	}
@@ -182,5 +190,8 @@ func (c *Container) Release() error {
 	if c.output == nil {
 		return nil
 	}
-	return c.output.Release()
+	if err := c.output.Release(); err != nil {
+		c.log().WithError(err).Warn("close log") // the successor reads on all the same
+	}
+	return nil
 }

@@ -67,6 +67,27 @@ func (s *consoleSocket) receive() (fd int, err error) {
 	return fds[0], nil
 }
 
+// openSlave opens podmon's own end of the terminal; see handles.
+func (c *Container) openSlave() {
+	const flags = unix.O_RDWR | unix.O_NOCTTY | unix.O_CLOEXEC
+	fd, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(c.handles.console), unix.TIOCGPTPEER, flags)
+	if errno != 0 {
+		c.log().WithError(errno).Warn("hold terminal open")
+		return
+	}
+	c.handles.slave = int(fd)
+}
+
+// closeSlave lets the terminal end once nobody in the container has it open.
+func (c *Container) closeSlave() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.handles.slave >= 0 {
+		unix.Close(c.handles.slave)
+		c.handles.slave = -1
+	}
+}
+
 // duplicate makes a file of a copy of fd.
 func duplicate(fd int) (*os.File, error) {
 	dup, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 3)

@@ -22,7 +22,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"regexp"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -46,6 +45,8 @@ const (
 	// drainLimit is how long output may stay open after the last process of the
 	// container has ended: a descriptor was passed elsewhere.
 	drainLimit = 2 * time.Second
+	// abortPause is between the rounds in which an unfinished start is killed.
+	abortPause = 50 * time.Millisecond
 	// undoLimit is how long adoption may take to remove what a start that was cut
 	// short has left. Delete has what takes longer.
 	undoLimit = 5 * time.Second
@@ -104,10 +105,12 @@ type Container struct {
 	killed atomic.Bool // podmon has sent SIGKILL
 
 	mu       sync.Mutex
+	begun    cgroups.Manager // of a start underway, for abort
 	handles  handles
 	exit     *wire.Exit
-	cleared  bool // nothing is left that the record would be needed for
-	released bool
+	cleared  bool          // nothing is left that the record would be needed for
+	released bool          // another podmon settles the exit
+	ending   bool          // this one does
 	gone     chan struct{} // closed after exit is set and published
 }
 
@@ -116,10 +119,13 @@ type Container struct {
 type handles struct {
 	stdin   int // write end
 	console int // master
+	// slave is podmon's own end of the terminal. It keeps the terminal from ending
+	// while PID 1, an init for example, has closed it and will open it again.
+	slave int
 }
 
 func (h *handles) close() {
-	for _, fd := range []*int{&h.stdin, &h.console} {
+	for _, fd := range []*int{&h.stdin, &h.console, &h.slave} {
 		if *fd >= 0 {
 			unix.Close(*fd)
 		}
@@ -147,12 +153,23 @@ func (m *Manager) journalOf(owner string) string {
 func (m *Manager) stateRoot() string     { return filepath.Join(m.RunDir, "state") }
 func (m *Manager) containerRoot() string { return filepath.Join(m.RunDir, "containers") }
 
-// validID is what is a file name here and an ID for libcontainer.
-var validID = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.+-]{0,127}$`)
+// validID tells whether id can be a file name here and an ID for libcontainer. (Not
+// a regexp: compiling it would cost every "podmon init" time.)
+func validID(id string) bool {
+	for i, r := range id {
+		switch {
+		case r >= 'a' && r <= 'z', r >= 'A' && r <= 'Z', r >= '0' && r <= '9', r == '_':
+		case i > 0 && (r == '.' || r == '+' || r == '-'):
+		default:
+			return false
+		}
+	}
+	return id != "" && len(id) <= 128
+}
 
 // claim reserves an ID, so that what is started under it is held from the first moment.
 func (m *Manager) claim(id string) (*Container, error) {
-	if !validID.MatchString(id) {
+	if !validID(id) {
 		return nil, wire.Errorf(wire.ClassInvalid, "container id %q is not valid", id)
 	}
 	m.mu.Lock()
@@ -162,7 +179,7 @@ func (m *Manager) claim(id string) (*Container, error) {
 	}
 	c := &Container{
 		ID: id, m: m, dir: filepath.Join(m.containerRoot(), id),
-		ready: make(chan struct{}), gone: make(chan struct{}), handles: handles{-1, -1},
+		ready: make(chan struct{}), gone: make(chan struct{}), handles: handles{-1, -1, -1},
 	}
 	m.containers[id] = c
 	return c, nil
@@ -335,6 +352,7 @@ func (c *Container) watch() {
 	oomKills := c.oomKills()
 	c.mu.Lock()
 	released := c.released
+	c.ending = !released // one podmon settles an exit
 	c.mu.Unlock()
 	if !released {
 		// Ends execs that are being started as well, or the lock would not come.
@@ -431,6 +449,7 @@ func (c *Container) killLeftovers() {
 // left: Delete tries again, and does not succeed before it has gone.
 func (c *Container) clear(lc *libcontainer.Container) bool {
 	c.killLeftovers()
+	c.closeSlave()
 	if c.output != nil {
 		if err := c.output.Drain(drainLimit); err != nil {
 			c.log().WithError(err).Warn("close log")
@@ -445,6 +464,39 @@ func (c *Container) clear(lc *libcontainer.Container) bool {
 		return false
 	}
 	return true
+}
+
+// Abort ends a start that is underway, however it hangs: in a hook, in a mount.
+// None underway is success.
+func (m *Manager) Abort(ctx context.Context, id string) error {
+	m.mu.Lock()
+	c := m.containers[id]
+	m.mu.Unlock()
+	if c == nil {
+		return nil
+	}
+	for {
+		c.mu.Lock()
+		cg := c.begun
+		c.mu.Unlock()
+		select {
+		case <-c.ready:
+			return nil
+		default:
+		}
+		if cg != nil {
+			if err := killAll(ctx, cg); err != nil {
+				return fmt.Errorf("abort start: %w", err)
+			}
+		}
+		select {
+		case <-c.ready:
+			return nil
+		case <-ctx.Done():
+			return fmt.Errorf("abort start: %w", ctx.Err())
+		case <-time.After(abortPause): // it may not have been in its cgroup yet
+		}
+	}
 }
 
 // Delete kills the container if it runs, and removes all that is known of it.
@@ -500,7 +552,7 @@ func (m *Manager) removeFiles(id string) error {
 // DeleteUnknown removes what a podmon that died has left of a container that
 // nobody took over; nothing left is success.
 func (m *Manager) DeleteUnknown(ctx context.Context, id string) error {
-	if !validID.MatchString(id) {
+	if !validID(id) {
 		return wire.Errorf(wire.ClassInvalid, "container id %q is not valid", id)
 	}
 	var rec record

@@ -81,6 +81,7 @@ func (c *Container) start(r wire.StartRequest) (err error) {
 	defer ends.close()
 	if err := c.lc.Run(process); err != nil {
 		c.terminate(process)
+		c.endFifoWait()
 		err, known := classify("start", err)
 		if !known {
 			c.m.reaper.look()
@@ -103,6 +104,7 @@ func (c *Container) start(r wire.StartRequest) (err error) {
 
 // create makes libcontainer's container and records it.
 func (c *Container) create(r wire.StartRequest) error {
+	limitHooks(r.Spec.Hooks)
 	config, err := specconv.CreateLibcontainerConfig(&specconv.CreateOpts{
 		CgroupName: c.ID, UseSystemdCgroup: c.m.SystemdCgroup, Spec: r.Spec,
 	})
@@ -125,6 +127,9 @@ func (c *Container) create(r wire.StartRequest) error {
 	if c.cgroup, err = manager.NewWithPaths(config.Cgroups, state.CgroupPaths); err != nil {
 		return fmt.Errorf("cgroup: %w", err)
 	}
+	c.mu.Lock()
+	c.begun = c.cgroup
+	c.mu.Unlock()
 	c.rec = record{
 		Owner: c.m.Owner, LogRoot: r.LogRoot, LogPath: r.LogPath, Discard: r.Discard,
 		Terminal: r.Spec.Process.Terminal, Systemd: c.m.SystemdCgroup, CgroupPaths: state.CgroupPaths,
@@ -133,6 +138,25 @@ func (c *Container) create(r wire.StartRequest) error {
 		return fmt.Errorf("record: %w", err)
 	}
 	return nil
+}
+
+// hookLimit is for hooks that say none, in seconds: a hook that hangs would hold
+// the start up for ever.
+const hookLimit = 120
+
+func limitHooks(h *specs.Hooks) {
+	if h == nil {
+		return
+	}
+	limit := hookLimit
+	//nolint:staticcheck // Prestart is deprecated, and run all the same
+	for _, list := range [][]specs.Hook{h.Prestart, h.CreateRuntime, h.CreateContainer, h.StartContainer, h.Poststart, h.Poststop} {
+		for i := range list {
+			if list[i].Timeout == nil || *list[i].Timeout <= 0 {
+				list[i].Timeout = &limit
+			}
+		}
+	}
 }
 
 // identify notes who PID 1 is, for good.
@@ -152,6 +176,15 @@ func (c *Container) identify(process *libcontainer.Process) error {
 		return fmt.Errorf("record: %w", err)
 	}
 	return nil
+}
+
+// endFifoWait ends the wait for a PID 1 that died before it opened the FIFO by which
+// libcontainer starts it: a thread of ours is in open(2) there, and would be for ever.
+func (c *Container) endFifoWait() {
+	fd, err := unix.Open(filepath.Join(c.m.stateRoot(), c.ID, "exec.fifo"), unix.O_WRONLY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	if err == nil { // ENXIO: nobody waits
+		unix.Close(fd)
+	}
 }
 
 // terminate ends what a failed start has begun.
@@ -281,6 +314,7 @@ func (c *Container) readOutput(r wire.StartRequest, e *ends) (err error) {
 		if e.stdout, err = duplicate(c.handles.console); err != nil {
 			return fmt.Errorf("duplicate console: %w", err)
 		}
+		c.openSlave()
 	}
 	c.output = c.newOutput(e.log, e.stdout, e.stderr)
 	e.log, e.stdout, e.stderr = nil, nil, nil

@@ -312,7 +312,13 @@ func (ss *session) signal(ctx context.Context, req, _ *wire.Message) (any, error
 
 func (ss *session) delete(ctx context.Context, req, _ *wire.Message) (any, error) {
 	var r wire.Ref
-	c, err := ss.get(ctx, req, &r, &r.ID)
+	if err := wire.Decode(req.Body, &r); err != nil {
+		return nil, err
+	}
+	if err := ss.s.m.Abort(ctx, r.ID); err != nil {
+		return nil, err
+	}
+	c, err := ss.s.m.Get(ctx, r.ID)
 	if err != nil {
 		if wire.ToError(err).Class == wire.ClassNotFound {
 			err = ss.s.m.DeleteUnknown(ctx, r.ID)
