@@ -133,7 +133,7 @@ func (d *parts) makeDirs(context.Context) error {
 	// container's directory below lets nobody else in (host.PrivateDir).
 	for dir, mode := range map[string]os.FileMode{
 		d.cfg.Root: 0o711, d.cfg.Run: 0o711,
-		d.run("sandboxes"): 0o711, d.root("sandboxes"): 0o711,
+		d.run("infra"): 0o711, d.run("sandboxes"): 0o711, d.root("sandboxes"): 0o711,
 		d.run("containers"): 0o711, d.root("containers"): 0o711,
 	} {
 		if err := os.MkdirAll(dir, mode); err != nil {
