@@ -186,7 +186,11 @@ func (s *Store) sweepLoop() {
 	for {
 		select {
 		case <-s.closing:
-			return
+			select {
+			case <-s.sweep: // what was removed just before is freed as well
+			default:
+				return
+			}
 		case <-s.sweep:
 		}
 		if err := s.free(ctx); err != nil {

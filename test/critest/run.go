@@ -225,16 +225,11 @@ func critest(ctx context.Context, o options, place *private.Place, name string, 
 // first beside the daemon, which must hold nothing for pods that are gone, then
 // after it has stopped.
 func leaksOf(scope machine.Scope, place *private.Place, empty, idle []machine.Thing, daemon runtime) ([]machine.Thing, error) {
-	err := settleRecords(place.Path("run", "state"))
-	var held []machine.Thing
-	if err == nil {
-		held, err = besideDaemon(scope).Held()
-	}
+	expected := slices.Concat(empty, idle)
+	leaks, err := settled(place, scope, expected)
 	if err != nil {
 		return nil, errors.Join(err, daemon.Kill())
 	}
-	expected := slices.Concat(empty, idle)
-	leaks := machine.Leaks(expected, held)
 	if err := daemon.Stop(); err != nil {
 		return leaks, err
 	}
@@ -242,12 +237,28 @@ func leaksOf(scope machine.Scope, place *private.Place, empty, idle []machine.Th
 	// The monitors are still there, and must be without children.
 	scope.Except = place.Monitors()
 	scope.Files = nil
-	held, err = scope.Held()
+	held, err := scope.Held()
 	if err != nil {
 		return leaks, err
 	}
 	leaks = append(leaks, machine.Leaks(slices.Concat(expected, leaks), held)...)
 	return leaks, place.KillMonitors()
+}
+
+// settled finds what is held beside a running daemon and was not expected, once
+// what it does in the background is done.
+func settled(place *private.Place, scope machine.Scope, expected []machine.Thing) ([]machine.Thing, error) {
+	if err := settleRecords(place.Path("run", "state")); err != nil {
+		return nil, err
+	}
+	leaks := func() ([]machine.Thing, error) {
+		held, err := besideDaemon(scope).Held()
+		return machine.Leaks(expected, held), err
+	}
+	if err := settleSnapshots(place.Path("root", "images", "snapshots"), leaks); err != nil {
+		return nil, err
+	}
+	return leaks()
 }
 
 // besideDaemon is the scope as it can be judged while the daemon is up: all but
