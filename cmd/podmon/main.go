@@ -1,7 +1,7 @@
 // Podmon is the parent of every container on the node. The daemon starts it from
 // a sealed memfd and talks to it over a socket; it is not meant to be run by hand:
 //
-//	podmon serve RUNDIR INSTANCE [systemd]
+//	podmon serve RUNDIR INSTANCE BUILD [systemd]
 //
 // It listens on RUNDIR/podmon/INSTANCE/sock and tells so by closing descriptor
 // 3. It ends when the daemon retires it, never by itself: containers and their
@@ -44,8 +44,8 @@ func main() {
 }
 
 func run(args []string) error {
-	if len(args) < 3 || args[0] != "serve" {
-		return errors.New("usage: podmon serve RUNDIR INSTANCE [systemd]")
+	if len(args) < 4 || args[0] != "serve" {
+		return errors.New("usage: podmon serve RUNDIR INSTANCE BUILD [systemd]")
 	}
 	runDir, instance := args[1], args[2]
 	defaultSignals()
@@ -64,7 +64,7 @@ func run(args []string) error {
 	}
 	s, err := server.New(container.Config{
 		RunDir: runDir, Owner: instance, OOMScoreAdj: max(score, 0),
-		SystemdCgroup: len(args) > 3 && args[3] == "systemd",
+		Build: args[3], SystemdCgroup: len(args) > 4 && args[4] == "systemd",
 	})
 	if err != nil {
 		return err

@@ -161,3 +161,58 @@ func TestHungWithFullSocket(t *testing.T) {
 		t.Errorf("exit %+v, want 33", e)
 	}
 }
+
+// A broken connection is no reason to kill a podmon.
+func TestConnectionBroken(t *testing.T) {
+	m := newMachine(t)
+	reconnected := m.watchLog("connection to podmon had broken")
+	id, _ := m.start(countForever)
+	ends, _ := m.start("read x; exit 4", func(r *monitor.StartRequest) { r.Stdin = true })
+	before := m.podmons()
+	m.CutConnections()
+	await(t, "reconnection", reconnected)
+	if after := m.podmons(); len(after) != 1 || after[0] != before[0] {
+		t.Errorf("podmons %v, then %v", before, after)
+	}
+	must(t, m.CloseStdin(t.Context(), ends))
+	if e := m.exit(ends); e.Code != 4 || !e.Known {
+		t.Errorf("exit %+v, want 4", e)
+	}
+	must(t, m.Signal(t.Context(), id, unix.SIGTERM, false))
+	if e := m.exit(id); e.Code != 33 || !e.Known {
+		t.Errorf("exit %+v, want 33", e)
+	}
+	checkCounting(t, m.logged(id))
+}
+
+// A daemon that comes with another podmon replaces the one that runs, once.
+func TestNewProgram(t *testing.T) {
+	m := newMachine(t)
+	id, p := m.start(countForever)
+	m.awaitLog(id, " 100\n")
+	old := m.podmons()
+	must(t, m.Close())
+	program := []byte(readFile(t, podmonBinary))
+	m.o.Binary = filepath.Join(t.TempDir(), "podmon")
+	must(t, os.WriteFile(m.o.Binary, append(program, 0), 0o755)) // behind the ELF: another build that does the same
+	m.connect()
+	_, err := syscall.Wait4(old[0], nil, 0, nil) // it retires
+	must(t, err)
+	replaced := m.podmons()
+	if len(replaced) != 1 || replaced[0] == old[0] {
+		t.Errorf("podmons %v, then %v", old, replaced)
+	}
+	must(t, m.Close())
+	m.connect()
+	if again := m.podmons(); len(again) != 1 || again[0] != replaced[0] {
+		t.Errorf("podmons %v, then %v with the same program", replaced, again)
+	}
+	if !p.Alive() {
+		t.Fatal("PID 1 is gone")
+	}
+	must(t, m.Signal(t.Context(), id, unix.SIGTERM, false))
+	if e := m.exit(id); e.Code != 33 || !e.Known {
+		t.Errorf("exit %+v, want 33", e)
+	}
+	checkCounting(t, m.logged(id))
+}

@@ -2,8 +2,11 @@ package monitor
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"os/exec"
@@ -275,6 +278,9 @@ func (l *link) desert(id uint64, answer chan *wire.Message) {
 
 // checked returns the answer, or the error in it.
 func checked(a *wire.Message) (*wire.Message, error) {
+	if a.Truncated {
+		return nil, fmt.Errorf("answer of podmon: short of descriptors: %w", errdefs.ErrUnavailable)
+	}
 	if a.Error != nil {
 		a.Close()
 		return nil, classed(a.Error)
@@ -332,7 +338,7 @@ func (l *link) kill(ctx context.Context) error {
 }
 
 // spawn starts a podmon from the sealed binary and connects to it.
-func spawn(ctx context.Context, o Options, binary *os.File, name, dir string, onExit func(*link, Event)) (_ *link, err error) {
+func spawn(ctx context.Context, o Options, binary *os.File, build, name, dir string, onExit func(*link, Event)) (_ *link, err error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, err
 	}
@@ -341,7 +347,7 @@ func spawn(ctx context.Context, o Options, binary *os.File, name, dir string, on
 			os.RemoveAll(dir)
 		}
 	}()
-	cmd, err := launch(o, binary, name, dir)
+	cmd, err := launch(o, binary, build, name, dir)
 	if err != nil {
 		return nil, err
 	}
@@ -356,7 +362,7 @@ func spawn(ctx context.Context, o Options, binary *os.File, name, dir string, on
 }
 
 // launch runs podmon in a session of its own and returns when it listens.
-func launch(o Options, binary *os.File, name, dir string) (*exec.Cmd, error) {
+func launch(o Options, binary *os.File, build, name, dir string) (*exec.Cmd, error) {
 	logfile, err := os.OpenFile(logOf(dir), os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
 	if err != nil {
 		return nil, err
@@ -368,7 +374,7 @@ func launch(o Options, binary *os.File, name, dir string) (*exec.Cmd, error) {
 	}
 	defer ready.Close()
 	defer theirs.Close()
-	args := []string{"podmon", "serve", o.RunDir, name}
+	args := []string{"podmon", "serve", o.RunDir, name, build}
 	if o.SystemdCgroup {
 		args = append(args, "systemd")
 	}
@@ -415,11 +421,12 @@ func awaitReady(ready *os.File, dir string) error {
 }
 
 // seal copies a program into a memfd that nobody can change any more. libcontainer
-// recognises it and spares itself a copy at every start (CVE-2019-5736).
-func seal(path string) (_ *os.File, err error) {
+// recognises it and spares itself a copy at every start (CVE-2019-5736). build tells
+// it from other programs.
+func seal(path string) (_ *os.File, build string, err error) {
 	src, err := os.Open(path)
 	if err != nil {
-		return nil, fmt.Errorf("podmon: %w", err)
+		return nil, "", fmt.Errorf("podmon: %w", err)
 	}
 	defer src.Close()
 	fd, err := unix.MemfdCreate("podmon", unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING|unix.MFD_EXEC)
@@ -427,7 +434,7 @@ func seal(path string) (_ *os.File, err error) {
 		fd, err = unix.MemfdCreate("podmon", unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("memfd: %w", err)
+		return nil, "", fmt.Errorf("memfd: %w", err)
 	}
 	f := os.NewFile(uintptr(fd), "podmon")
 	defer func() {
@@ -435,15 +442,30 @@ func seal(path string) (_ *os.File, err error) {
 			f.Close()
 		}
 	}()
-	if _, err := f.ReadFrom(src); err != nil {
-		return nil, fmt.Errorf("copy podmon: %w", err)
+	sum := sha256.New()
+	if _, err := io.Copy(io.MultiWriter(f, sum), src); err != nil {
+		return nil, "", fmt.Errorf("copy podmon: %w", err)
 	}
 	if err := f.Chmod(0o555); err != nil {
-		return nil, fmt.Errorf("copy podmon: %w", err)
+		return nil, "", fmt.Errorf("copy podmon: %w", err)
 	}
 	const seals = unix.F_SEAL_SEAL | unix.F_SEAL_SHRINK | unix.F_SEAL_GROW | unix.F_SEAL_WRITE
 	if _, err := unix.FcntlInt(uintptr(fd), unix.F_ADD_SEALS, seals); err != nil {
-		return nil, fmt.Errorf("seal podmon: %w", err)
+		return nil, "", fmt.Errorf("seal podmon: %w", err)
 	}
-	return f, nil
+	return f, hex.EncodeToString(sum.Sum(nil)), nil
+}
+
+// buildOf is what seal says of a program.
+func buildOf(path string) (string, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return "", fmt.Errorf("podmon: %w", err)
+	}
+	defer f.Close()
+	sum := sha256.New()
+	if _, err := io.Copy(sum, f); err != nil {
+		return "", fmt.Errorf("podmon: %w", err)
+	}
+	return hex.EncodeToString(sum.Sum(nil)), nil
 }

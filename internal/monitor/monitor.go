@@ -97,13 +97,15 @@ type stray struct {
 // held is a container as the daemon knows it.
 type held struct {
 	owner  *link
+	moving bool // to another podmon; requests wait
 	status Status
 	// Descriptors by number, -1 is none; see wire.Message.
 	pidfd, stdin, console, stdout, stderr int
 }
 
 // New connects to every podmon that is alive in RunDir and takes over what dead
-// ones left, or starts the first one. Exits that happened meanwhile are in List
+// ones left, or starts the first one. A podmon that is not the program at Binary, or
+// was started for another cgroup driver, is replaced as Upgrade does. Exits that happened meanwhile are in List
 // and come as Events.
 func New(ctx context.Context, o Options) (_ *Monitor, err error) {
 	if o.PingInterval == 0 {
@@ -150,6 +152,12 @@ func New(ctx context.Context, o Options) (_ *Monitor, err error) {
 	}
 	for _, dir := range m.remains {
 		m.bury(dir)
+	}
+	if m.outdated() {
+		// What does not move stays with the old podmon, which does for it.
+		if err := m.Upgrade(ctx); err != nil {
+			m.log.WithError(err).Warn("replace podmon by the one that is installed")
+		}
 	}
 	return m, nil
 }
@@ -273,14 +281,14 @@ func (m *Monitor) route(ctx context.Context, id string) (*link, error) {
 			m.mu.Unlock()
 			return nil, fmt.Errorf("monitor is closed: %w", errdefs.ErrUnavailable)
 		}
-		l := m.current
+		l, moving := m.current, false
 		if h := m.held[id]; h != nil {
-			l = h.owner
+			l, moving = h.owner, h.moving
 		}
 		_, alive := m.links[l]
 		changed := m.changed
 		m.mu.Unlock()
-		if alive {
+		if alive && !moving {
 			return l, nil
 		}
 		select {
@@ -418,12 +426,18 @@ func (m *Monitor) CloseStdin(ctx context.Context, id string) error {
 	if err := m.known(id); err != nil {
 		return err
 	}
+	m.dropStdin(id)
+	err := m.do(ctx, id, wire.OpCloseStdin, wire.Ref{ID: id})
+	m.dropStdin(id) // an adoption meanwhile has brought another one
+	return err
+}
+
+func (m *Monitor) dropStdin(id string) {
 	m.mu.Lock()
+	defer m.mu.Unlock()
 	if h := m.held[id]; h != nil {
 		closeFd(&h.stdin)
 	}
-	m.mu.Unlock()
-	return m.do(ctx, id, wire.OpCloseStdin, wire.Ref{ID: id})
 }
 
 // ReopenLog opens the log's path anew, after a rotation.

@@ -23,6 +23,11 @@ const (
 	// adoptAttempts is how often a running container is offered before it is
 	// killed: a minute is enough for descriptors or memory to become free again.
 	adoptAttempts = 60
+	// moveAttempts is how often an upgrade offers a container that the old podmon
+	// has let go of.
+	moveAttempts = 10
+	// maxMissed pings in a row are a podmon that hangs.
+	maxMissed = 2
 )
 
 // reconnect finds the podmons that are alive. The directories of dead ones are
@@ -42,6 +47,7 @@ func (m *Monitor) reconnect(ctx context.Context) error {
 			err = m.welcome(ctx, l)
 		}
 		if err == nil {
+			m.admit(l, !l.Retiring)
 			continue
 		}
 		if ctx.Err() != nil {
@@ -70,6 +76,9 @@ func (m *Monitor) dialLimited(ctx context.Context, name, dir string) (*link, err
 // welcome takes the containers of a podmon over into the Monitor.
 func (m *Monitor) welcome(ctx context.Context, l *link) error {
 	for _, status := range l.Containers {
+		if m.recognize(l, status) {
+			continue
+		}
 		answer, err := l.call(ctx, wire.OpHandles, wire.Ref{ID: status.ID}, nil)
 		if errors.Is(err, errdefs.ErrNotFound) {
 			continue // deleted meanwhile
@@ -86,42 +95,75 @@ func (m *Monitor) welcome(ctx context.Context, l *link) error {
 		}
 		m.mu.Unlock()
 	}
-	m.admit(l)
 	return nil
 }
 
-// admit makes l the podmon of new containers and watches over it.
-func (m *Monitor) admit(l *link) {
+// recognize takes in what a podmon says of a container that is held already.
+func (m *Monitor) recognize(l *link, status Status) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	h := m.held[status.ID]
+	if h == nil || h.owner != l {
+		return false
+	}
+	if status.Exit != nil {
+		m.exited(h, Event{ID: status.ID, Exit: *status.Exit})
+	}
+	return true
+}
+
+// admit begins to use a podmon, also for new containers if it is to be the current
+// one, and watches over it.
+func (m *Monitor) admit(l *link, current bool) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.links[l] = struct{}{}
-	m.current = l
-	m.trouble = nil
+	if current {
+		m.current, m.trouble = l, nil
+	}
 	m.announce()
 	m.work.Go(func() { m.watch(l) })
 }
 
 // startPodmon starts a podmon and makes it the current one.
 func (m *Monitor) startPodmon(ctx context.Context) error {
-	binary, err := seal(m.o.Binary)
+	binary, build, err := seal(m.o.Binary)
 	if err != nil {
 		return err
 	}
 	defer binary.Close()
 	name := newName()
-	l, err := spawn(ctx, m.o, binary, name, filepath.Join(m.o.RunDir, "podmon", name), m.onExit)
+	l, err := spawn(ctx, m.o, binary, build, name, filepath.Join(m.o.RunDir, "podmon", name), m.onExit)
 	if err != nil {
 		return err
 	}
 	m.log.WithField("podmon", name).WithField("pid", l.Process.PID).Info("podmon started")
-	m.admit(l)
+	m.admit(l, true)
 	return nil
+}
+
+// outdated tells whether the current podmon runs another program than
+// Options.Binary, or makes cgroups in another way.
+func (m *Monitor) outdated() bool {
+	m.mu.Lock()
+	current := m.current
+	m.mu.Unlock()
+	if current == nil {
+		return false
+	}
+	build, err := buildOf(m.o.Binary)
+	if err != nil {
+		m.log.WithError(err).Warn("compare podmon with its program")
+		return false
+	}
+	return current.Build != build || current.SystemdCgroup != m.o.SystemdCgroup
 }
 
 // watch pings a podmon until it is lost, and then has it replaced.
 func (m *Monitor) watch(l *link) {
 	tick := time.NewTicker(m.o.PingInterval)
 	defer tick.Stop()
+	missed := 0
 	for {
 		select {
 		case <-m.ctx.Done():
@@ -130,6 +172,9 @@ func (m *Monitor) watch(l *link) {
 			if m.ctx.Err() != nil {
 				return // Close dropped the link; podmon stays
 			}
+			if missed < maxMissed && m.redial(l) {
+				return
+			}
 			m.discard(l)
 			m.replace(l)
 			return
@@ -137,13 +182,64 @@ func (m *Monitor) watch(l *link) {
 			if err := trimLog(l.dir); err != nil {
 				m.log.WithField("podmon", l.name).WithError(err).Warn("limit podmon's log")
 			}
-			if err := l.ping(m.ctx, m.o.PingTimeout); err != nil && m.ctx.Err() == nil {
+			err := l.ping(m.ctx, m.o.PingTimeout)
+			if err == nil {
+				missed = 0
+				continue
+			}
+			if missed++; missed >= maxMissed && m.ctx.Err() == nil {
 				m.log.WithField("podmon", l.name).WithError(err).Warn("podmon does not answer")
 				m.unwell(fmt.Errorf("podmon does not answer: %w", err))
 				l.fail()
 			}
 		}
 	}
+}
+
+// redial connects again to a podmon whose connection broke while it lives, so that
+// no healthy one is killed. The containers stay where they are.
+func (m *Monitor) redial(l *link) bool {
+	again, err := m.dialLimited(m.ctx, l.name, l.dir)
+	if err != nil {
+		return false
+	}
+	if again.Process != l.Process {
+		again.close()
+		return false
+	}
+	again.cmd = l.cmd
+	m.mu.Lock()
+	for id, h := range m.held {
+		if h.owner != l {
+			continue
+		}
+		h.owner = again
+		if s, ok := m.stray[id]; ok && s.from == again {
+			delete(m.stray, id)
+			m.exited(h, s.Event)
+		}
+	}
+	m.mu.Unlock()
+	if err := m.welcome(m.ctx, again); err != nil {
+		m.log.WithField("podmon", l.name).WithError(err).Warn("reconnect podmon")
+		m.mu.Lock()
+		for _, h := range m.held {
+			if h.owner == again {
+				h.owner = l
+			}
+		}
+		m.mu.Unlock()
+		again.close()
+		return false
+	}
+	m.mu.Lock()
+	delete(m.links, l)
+	current := m.current == l
+	m.mu.Unlock()
+	m.admit(again, current)
+	l.close()
+	m.log.WithField("podmon", l.name).Warn("connection to podmon had broken")
+	return true
 }
 
 // discard takes a lost podmon out of the routes: requests to its containers wait.
@@ -455,6 +551,8 @@ func (m *Monitor) Upgrade(ctx context.Context) (err error) {
 func (m *Monitor) move(ctx context.Context, from *link, id string) error {
 	// Once released it must arrive, whatever happens to the caller.
 	ctx = context.WithoutCancel(ctx)
+	m.setMoving(id, true)
+	defer m.setMoving(id, false)
 	err := from.request(ctx, wire.OpRelease, wire.Ref{ID: id}, nil)
 	if errors.Is(err, errLost) {
 		return nil // its containers are handed over as those of a dead podmon
@@ -462,5 +560,23 @@ func (m *Monitor) move(ctx context.Context, from *link, id string) error {
 	if err != nil && !errors.Is(err, errdefs.ErrNotFound) {
 		return err
 	}
-	return m.adopt(ctx, id)
+	for attempt := 1; ; attempt++ {
+		if err = m.ensureCurrent(ctx); err == nil {
+			err = m.adopt(ctx, id)
+		}
+		if err == nil || attempt >= moveAttempts || !m.pause() {
+			return err
+		}
+		m.log.WithField("container", id).WithError(err).Warn("move container")
+	}
+}
+
+// setMoving makes requests to a container wait while it changes hands.
+func (m *Monitor) setMoving(id string, moving bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if h := m.held[id]; h != nil {
+		h.moving = moving
+	}
+	m.announce()
 }

@@ -111,6 +111,12 @@ type Hello struct {
 	// not the parent, so that running containers can change monitors and keep
 	// their exit codes exact.
 	ExitInfo bool `json:"exit_info"`
+	// Build is the SHA-256 of its program, as it was told at its start.
+	Build string `json:"build"`
+	// SystemdCgroup is how it makes cgroups.
+	SystemdCgroup bool `json:"systemd_cgroup"`
+	// Retiring: it takes no new containers any more.
+	Retiring bool `json:"retiring"`
 	// Containers are all that this podmon holds.
 	Containers []Status `json:"containers"`
 }

@@ -141,6 +141,9 @@ type Message struct {
 	Error *Error          `json:"error,omitempty"`
 	// Names says what each of the descriptors is.
 	Names []string `json:"names,omitempty"`
+	// Truncated tells that descriptors were lost on the way, because the receiver
+	// may not open more. The others are closed.
+	Truncated bool `json:"-"`
 	// fds belong to the message. They are plain numbers, because an os.File of a
 	// pipe wakes its process for every byte that somebody else is to read.
 	fds []int
@@ -290,9 +293,7 @@ func (c *Conn) Receive() (*Message, error) {
 	if n == 0 {
 		return nil, io.EOF
 	}
-	if flags&unix.MSG_CTRUNC != 0 {
-		return nil, errors.New("more descriptors than a message may carry")
-	}
+	truncated := flags&unix.MSG_CTRUNC != 0
 	if _, err := io.ReadFull(c.c, header[n:]); err != nil {
 		return nil, err
 	}
@@ -302,7 +303,9 @@ func (c *Conn) Receive() (*Message, error) {
 		return nil, errors.New("not a podmon frame")
 	case size > MaxFrame:
 		return nil, fmt.Errorf("frame of %d bytes is larger than %d", size, MaxFrame)
-	case int(binary.BigEndian.Uint16(header[4:])) != len(m.fds):
+	case int(binary.BigEndian.Uint16(header[4:])) > MaxFiles:
+		return nil, errors.New("more descriptors than a message may carry")
+	case int(binary.BigEndian.Uint16(header[4:])) != len(m.fds) && !truncated:
 		return nil, errors.New("descriptors are missing from a frame")
 	}
 	body := make([]byte, size)
@@ -311,6 +314,10 @@ func (c *Conn) Receive() (*Message, error) {
 	}
 	if err := json.Unmarshal(body, m); err != nil {
 		return nil, fmt.Errorf("decode frame: %w", err)
+	}
+	if truncated {
+		m.Close()
+		m.Truncated = true
 	}
 	if len(m.Names) != len(m.fds) {
 		return nil, errors.New("descriptors without names in a frame")

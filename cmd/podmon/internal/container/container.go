@@ -56,6 +56,7 @@ const (
 type Config struct {
 	RunDir        string
 	Owner         string // this podmon's instance name
+	Build         string // tells this podmon's program from others, for the daemon
 	SystemdCgroup bool
 	// OOMScoreAdj is for containers whose spec says none: podmon's own is not theirs.
 	OOMScoreAdj int

@@ -184,3 +184,18 @@ func TestFullDisk(t *testing.T) {
 	}
 	l.Write(record, nil) // dropped
 }
+
+// A device that was planted as the log is refused without opening it.
+func TestDeviceIsNotOpened(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root")
+	}
+	root := t.TempDir()
+	// No driver has it, so that opening it would be ENXIO.
+	if err := unix.Mknod(filepath.Join(root, "log"), unix.S_IFCHR|0o600, int(unix.Mkdev(4000, 77))); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Open(root, "log"); err == nil || errors.Is(err, unix.ENXIO) {
+		t.Errorf("open: %v", err)
+	}
+}

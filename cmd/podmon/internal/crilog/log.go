@@ -191,29 +191,43 @@ func enter(dir int, name string) (int, error) {
 	return openat2(dir, name, how)
 }
 
+// openLog opens a log that is there, or makes it. What is there is looked at before
+// it is opened: opening a device that was planted does something.
 func openLog(dir int, name string) (*os.File, error) {
-	// O_NONBLOCK: a FIFO planted there must not make us wait for a reader.
-	fd, err := openat2(dir, name, &unix.OpenHow{
-		Flags: unix.O_WRONLY | unix.O_APPEND | unix.O_CREAT | unix.O_NOFOLLOW |
-			unix.O_NONBLOCK | unix.O_CLOEXEC,
-		Mode:    0o640,
-		Resolve: beneath,
-	})
-	if err != nil {
-		return nil, err
+	for range 8 { // it may come and go between the two attempts
+		path, err := openat2(dir, name, &unix.OpenHow{Flags: unix.O_PATH | unix.O_NOFOLLOW | unix.O_CLOEXEC, Resolve: beneath})
+		if err == nil {
+			defer unix.Close(path)
+			return reopen(path, name)
+		}
+		if err != unix.ENOENT {
+			return nil, err
+		}
+		fd, err := openat2(dir, name, &unix.OpenHow{
+			Flags: unix.O_WRONLY | unix.O_APPEND | unix.O_CREAT | unix.O_EXCL | unix.O_NOFOLLOW | unix.O_CLOEXEC,
+			Mode:  0o640, Resolve: beneath,
+		})
+		if err == nil {
+			return os.NewFile(uintptr(fd), name), nil
+		}
+		if err != unix.EEXIST {
+			return nil, err
+		}
 	}
+	return nil, unix.EEXIST
+}
+
+// reopen opens the regular file of an O_PATH descriptor for appending.
+func reopen(path int, name string) (*os.File, error) {
 	var st unix.Stat_t
-	if err := unix.Fstat(fd, &st); err != nil {
-		unix.Close(fd)
+	if err := unix.Fstat(path, &st); err != nil {
 		return nil, err
 	}
 	if st.Mode&unix.S_IFMT != unix.S_IFREG {
-		unix.Close(fd)
 		return nil, errors.New("not a regular file")
 	}
-	// A regular file is written in blocking mode, whatever the flag says.
-	if err := unix.SetNonblock(fd, false); err != nil {
-		unix.Close(fd)
+	fd, err := unix.Open(fmt.Sprintf("/proc/self/fd/%d", path), unix.O_WRONLY|unix.O_APPEND|unix.O_CLOEXEC, 0)
+	if err != nil {
 		return nil, err
 	}
 	return os.NewFile(uintptr(fd), name), nil

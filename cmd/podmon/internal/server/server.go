@@ -12,6 +12,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"syscall"
+	"time"
 
 	"github.com/sirupsen/logrus"
 	"golang.org/x/sys/unix"
@@ -89,7 +90,10 @@ func (s *Server) Serve(l *net.UnixListener) error {
 			return nil
 		}
 		if err != nil {
-			return fmt.Errorf("accept: %w", err)
+			// Descriptors or memory are short. The containers need this process.
+			logrus.WithError(err).Warn("accept")
+			time.Sleep(acceptPause)
+			continue
 		}
 		conn, err := wire.NewConn(c)
 		if err != nil {
@@ -100,6 +104,9 @@ func (s *Server) Serve(l *net.UnixListener) error {
 		go s.serve(conn)
 	}
 }
+
+// acceptPause keeps a failing accept from taking the CPU.
+const acceptPause = 100 * time.Millisecond
 
 // announce tells every session of an exit.
 func (s *Server) announce(e wire.Event) {
@@ -219,8 +226,13 @@ func (ss *session) answer(ctx context.Context, req *wire.Message) {
 	answer := &wire.Message{ID: req.ID}
 	handle, ok := handlers[req.Op]
 	var result any
-	err := wire.Errorf(wire.ClassInvalid, "unknown operation %q", req.Op)
-	if ok {
+	var err error
+	switch {
+	case req.Truncated:
+		err = wire.Errorf(wire.ClassUnavailable, "podmon is short of descriptors")
+	case !ok:
+		err = wire.Errorf(wire.ClassInvalid, "unknown operation %q", req.Op)
+	default:
 		result, err = handle(ss, ctx, req, answer)
 	}
 	req.Close()
@@ -264,6 +276,7 @@ func (ss *session) hello(_ context.Context, _, _ *wire.Message) (any, error) {
 	return wire.Hello{
 		Version: wire.Version, Process: ss.s.self,
 		ExitInfo: container.KeepsExitInfo(), Containers: ss.s.m.List(),
+		Build: ss.s.m.Build, SystemdCgroup: ss.s.m.SystemdCgroup, Retiring: ss.s.retiring.Load(),
 	}, nil
 }
 
