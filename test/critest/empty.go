@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"fmt"
-	"slices"
 	"time"
 
 	"google.golang.org/grpc"
@@ -22,7 +21,7 @@ func dial(endpoint string) (*grpc.ClientConn, error) {
 	return conn, nil
 }
 
-// onePod runs a pod, stops and removes it, and returns its ID.
+// onePod runs a pod, stops and removes it with its infra_image, and returns its ID.
 func onePod(ctx context.Context, o options, place *private.Place) (string, error) {
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
@@ -47,14 +46,16 @@ func onePod(ctx context.Context, o options, place *private.Place) (string, error
 	if _, err := runtime.StopPodSandbox(ctx, &cri.StopPodSandboxRequest{PodSandboxId: id}); err != nil {
 		return "", err
 	}
-	_, err = runtime.RemovePodSandbox(ctx, &cri.RemovePodSandboxRequest{PodSandboxId: id})
-	return id, err
+	if _, err = runtime.RemovePodSandbox(ctx, &cri.RemovePodSandboxRequest{PodSandboxId: id}); err != nil {
+		return "", err
+	}
+	return id, removeImages(ctx, cri.NewImageServiceClient(conn))
 }
 
 // emptied asks the runtime whether it believes to be empty after the suite, and
 // removes the images, so that what is left of them can be seen. It returns
 // what should not have been there.
-func emptied(ctx context.Context, o options, endpoint string) ([]string, error) {
+func emptied(ctx context.Context, endpoint string) ([]string, error) {
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
 	conn, err := dial(endpoint)
@@ -79,18 +80,21 @@ func emptied(ctx context.Context, o options, endpoint string) ([]string, error) 
 	for _, c := range containers.GetContainers() {
 		problems = append(problems, fmt.Sprintf("left behind: container %s (%s)", c.GetId(), c.GetMetadata().GetName()))
 	}
+	return problems, removeImages(ctx, images)
+}
+
+// removeImages removes all images, an infra_image too: pulled once more by a pod
+// it would have other files than before.
+func removeImages(ctx context.Context, images cri.ImageServiceClient) error {
 	list, err := images.ListImages(ctx, &cri.ListImagesRequest{})
 	if err != nil {
-		return nil, fmt.Errorf("list images after the suite: %w", err)
+		return fmt.Errorf("list images: %w", err)
 	}
 	for _, image := range list.GetImages() {
-		if slices.Contains(image.GetRepoTags(), o.infraImage) {
-			continue
-		}
 		_, err := images.RemoveImage(ctx, &cri.RemoveImageRequest{Image: &cri.ImageSpec{Image: image.GetId()}})
 		if err != nil {
-			return nil, fmt.Errorf("remove image %v: %w", image.GetRepoTags(), err)
+			return fmt.Errorf("remove image %v: %w", image.GetRepoTags(), err)
 		}
 	}
-	return problems, nil
+	return nil
 }

@@ -115,7 +115,7 @@ func runOnce(ctx context.Context, o options, set *images.Set) (_ tally, err erro
 	if ctx.Err() != nil {
 		return t, errors.Join(ctx.Err(), daemon.Kill(), machine.Sweep())
 	}
-	problems, emptyErr := emptied(ctx, o, place.Endpoint())
+	problems, emptyErr := emptied(ctx, place.Endpoint())
 	t.problems = append(t.problems, problems...)
 	leaks, leakErr := leaksOf(scope, place, empty, idle, daemon)
 	err = errors.Join(err, emptyErr, leakErr, machine.Sweep())
