@@ -39,19 +39,21 @@ func (m *Monitor) Exec(ctx context.Context, r ExecRequest) (*Exec, error) {
 		err error
 	}
 	done := make(chan result, 1)
-	go func() { // ends with the answer, or the link
+	if !m.spawn(func() { // ends with the answer, or the link
 		x, err := startExec(context.WithoutCancel(ctx), l, r)
 		done <- result{x, err}
-	}()
+	}) {
+		return nil, errLost
+	}
 	select {
 	case got := <-done:
 		return got.x, got.err
 	case <-ctx.Done():
-		go func() {
+		m.spawn(func() { // when closed, the link ends, and the exec with it
 			if got := <-done; got.err == nil {
 				got.x.discard()
 			}
-		}()
+		})
 		return nil, ctx.Err()
 	}
 }

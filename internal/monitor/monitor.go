@@ -83,6 +83,7 @@ type Monitor struct {
 	links    map[*link]struct{}
 	held     map[string]*held
 	starting map[string]struct{}
+	adopting map[string]int // requests underway
 	// stray are exits that came before the container was on record as their
 	// podmon's: answers and events are handled by different goroutines.
 	stray   map[string]stray
@@ -125,7 +126,7 @@ func New(ctx context.Context, o Options) (_ *Monitor, err error) {
 	m := &Monitor{
 		o: o, log: o.Log, events: newQueue(),
 		links: map[*link]struct{}{}, held: map[string]*held{},
-		starting: map[string]struct{}{}, stray: map[string]stray{},
+		starting: map[string]struct{}{}, stray: map[string]stray{}, adopting: map[string]int{},
 		changed: make(chan struct{}),
 	}
 	m.ctx, m.cancel = context.WithCancel(context.Background())
@@ -188,6 +189,17 @@ func (m *Monitor) Close() error {
 	return nil
 }
 
+// spawn runs f in the background; Close waits for it. False when the Monitor is closed.
+func (m *Monitor) spawn(f func()) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.closed {
+		return false
+	}
+	m.work.Go(f)
+	return true
+}
+
 // announce wakes those who wait for a route; mu is held.
 func (m *Monitor) announce() {
 	close(m.changed)
@@ -241,6 +253,7 @@ func (m *Monitor) Start(ctx context.Context, r StartRequest) (Process, error) {
 	defer m.mu.Unlock()
 	delete(m.starting, r.ID)
 	if err != nil {
+		delete(m.stray, r.ID)
 		return Process{}, err
 	}
 	if m.closed {
@@ -248,6 +261,7 @@ func (m *Monitor) Start(ctx context.Context, r StartRequest) (Process, error) {
 		return h.status.Process, nil
 	}
 	m.install(h)
+	delete(m.stray, r.ID)
 	// A link that was lost meanwhile has been handed over without this one.
 	if _, alive := m.links[h.owner]; !alive {
 		m.work.Go(func() { m.handOver(h.owner) })
@@ -329,7 +343,8 @@ func (m *Monitor) known(id string) error {
 	return nil
 }
 
-// Signal sends sig to PID 1, or to every process of the container.
+// Signal sends sig to PID 1, or to every process of the container. SIGKILL to all
+// returns when none is left, or with ctx's error.
 func (m *Monitor) Signal(ctx context.Context, id string, sig syscall.Signal, all bool) error {
 	if err := m.known(id); err != nil {
 		return err
@@ -478,7 +493,11 @@ func (m *Monitor) onExit(l *link, e Event) {
 		m.exited(h, e)
 		return
 	}
-	m.stray[e.ID] = stray{l, e}
+	_, starting := m.starting[e.ID]
+	_, known := m.links[l] // else its containers are being taken in
+	if starting || m.adopting[e.ID] > 0 || !known {
+		m.stray[e.ID] = stray{l, e}
+	}
 }
 
 // install puts a container on record; mu is held.

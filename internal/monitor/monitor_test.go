@@ -155,7 +155,7 @@ func TestSignals(t *testing.T) {
 	if !p.Alive() {
 		t.Fatal("SIGTERM killed it")
 	}
-	must(t, m.Signal(t.Context(), deaf, unix.SIGKILL, monitor.KillAll))
+	must(t, m.Signal(t.Context(), deaf, unix.SIGKILL, true))
 	if e := m.exit(deaf); e.Code != 137 || !e.Known || e.OOMKilled {
 		t.Errorf("exit %+v, want 137", e)
 	}

@@ -444,10 +444,20 @@ func (m *Monitor) adoptOrphans(ctx context.Context) error {
 func (m *Monitor) adopt(ctx context.Context, id string) error {
 	m.mu.Lock()
 	to, h := m.current, m.held[id]
-	m.mu.Unlock()
 	if to == nil {
+		m.mu.Unlock()
 		return errLost
 	}
+	m.adopting[id]++
+	m.mu.Unlock()
+	defer func() {
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		if m.adopting[id]--; m.adopting[id] <= 0 {
+			delete(m.adopting, id)
+			delete(m.stray, id)
+		}
+	}()
 	answer, err := to.call(ctx, wire.OpAdopt, wire.Ref{ID: id}, func(msg *wire.Message) error {
 		m.mu.Lock()
 		defer m.mu.Unlock()

@@ -72,18 +72,6 @@ type ExecRequest struct {
 	Stderr *os.File `json:"-"`
 }
 
-// AttachRequest copies a running container's output to the given write ends
-// until the container ends or the reader goes away. A reader that is slower
-// than the container is cut off; the container never waits for it.
-type AttachRequest struct {
-	ContainerID string   `json:"container_id"`
-	Stdout      *os.File `json:"-"` // terminal output too
-	Stderr      *os.File `json:"-"`
-	// Attached, if set, is called when everything that the container writes from
-	// then on will be copied: the moment to send it input.
-	Attached func() `json:"-"`
-}
-
 // Attached names an attachment of this connection.
 type Attached struct {
 	Attachment uint64 `json:"attachment"`

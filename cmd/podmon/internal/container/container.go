@@ -14,6 +14,11 @@
 // never raises SIGPIPE, not even while no podmon and no daemon is there: the
 // writer waits when the FIFO is full, and the next podmon opens the same FIFO by
 // its path and goes on reading.
+//
+// The daemon holds the other descriptors as well, so all of this goes on when
+// podmon alone dies. When both die at once, standard input is at its end for the
+// container, a terminal hangs up (SIGHUP), and what a container that has ended
+// meanwhile had written last, and nobody had read, is lost with the FIFO.
 package container
 
 import (
@@ -335,12 +340,7 @@ func (c *Container) signalAll(ctx context.Context, sig syscall.Signal) error {
 	if err != nil {
 		return fmt.Errorf("processes of cgroup: %w", err)
 	}
-	for _, pid := range pids {
-		if err := unix.Kill(pid, sig); err != nil && err != unix.ESRCH {
-			return fmt.Errorf("signal %d to %d: %w", sig, pid, err)
-		}
-	}
-	return nil
+	return signalEach(c.cgroup, pids, sig)
 }
 
 // watch waits for PID 1's end and then leaves nothing of the container but its exit.

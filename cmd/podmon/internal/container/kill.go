@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/opencontainers/cgroups"
@@ -49,8 +50,8 @@ func killRound(cg cgroups.Manager, pids []int, freeze bool) error {
 		_ = cg.Freeze(cgroups.Frozen)
 		pids, _ = processes(cg)
 	}
-	for _, pid := range pids {
-		_ = unix.Kill(pid, unix.SIGKILL) // the gone is success
+	if err := signalEach(cg, pids, unix.SIGKILL); err != nil {
+		return err
 	}
 	if freeze {
 		_ = cg.Freeze(cgroups.Thawed) // thaw tells
@@ -79,6 +80,51 @@ func thaw(cg cgroups.Manager) error {
 	})
 	if err != nil {
 		return fmt.Errorf("thaw: %w", err)
+	}
+	return nil
+}
+
+// signalEach signals those of the processes that are in the cgroup, and no other
+// one that has got the PID of one that was: what a pidfd stands for cannot change,
+// so the cgroup is looked at again when all of them are open.
+func signalEach(cg cgroups.Manager, pids []int, sig unix.Signal) error {
+	for some := range slices.Chunk(pids, 256) {
+		if err := signalSome(cg, some, sig); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func signalSome(cg cgroups.Manager, pids []int, sig unix.Signal) error {
+	pidfds := map[int]int{}
+	defer func() {
+		for _, fd := range pidfds {
+			unix.Close(fd)
+		}
+	}()
+	for _, pid := range pids {
+		fd, err := unix.PidfdOpen(pid, 0)
+		if err == unix.ESRCH {
+			continue
+		}
+		if err != nil {
+			return fmt.Errorf("pidfd of %d: %w", pid, err)
+		}
+		pidfds[pid] = fd
+	}
+	now, err := processes(cg)
+	if err != nil {
+		return fmt.Errorf("processes of cgroup: %w", err)
+	}
+	for _, pid := range now {
+		fd, ok := pidfds[pid]
+		if !ok {
+			continue
+		}
+		if err := unix.PidfdSendSignal(fd, sig, nil, 0); err != nil && err != unix.ESRCH {
+			return fmt.Errorf("signal %d to %d: %w", sig, pid, err)
+		}
 	}
 	return nil
 }

@@ -436,6 +436,9 @@ func (ss *session) attach(ctx context.Context, req, _ *wire.Message) (any, error
 	if err != nil {
 		return nil, err
 	}
+	if c.Output() == nil && c.Status().Exit != nil {
+		return nil, wire.Errorf(wire.ClassPrecondition, "container %s has exited", r.ID)
+	}
 	if c.Output() == nil {
 		return nil, wire.Errorf(wire.ClassPrecondition, "output of container %s is discarded", r.ID)
 	}
