@@ -399,6 +399,7 @@ func (d *parts) openServer(context.Context) error {
 		Stats:      d.stats,
 		Streaming:  stream,
 		Events:     &d.changes,
+		Runtime:    d.monitor.Health,
 		Host:       d.host,
 		Handlers:   d.handlers,
 		Effective:  d.cfg,

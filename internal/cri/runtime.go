@@ -31,16 +31,10 @@ func (s *runtimeService) Version(context.Context, *runtime.VersionRequest) (*run
 
 // Status tells whether pods can be run, and why not.
 func (s *runtimeService) Status(_ context.Context, req *runtime.StatusRequest) (*runtime.StatusResponse, error) {
-	network := &runtime.RuntimeCondition{Type: runtime.NetworkReady, Status: true}
-	if err := s.Network.Status(); err != nil {
-		network.Status = false
-		network.Reason = "NetworkPluginNotReady"
-		network.Message = err.Error()
-	}
 	resp := &runtime.StatusResponse{
 		Status: &runtime.RuntimeStatus{Conditions: []*runtime.RuntimeCondition{
-			{Type: runtime.RuntimeReady, Status: true},
-			network,
+			condition(runtime.RuntimeReady, "MonitorNotReady", s.Runtime()),
+			condition(runtime.NetworkReady, "NetworkPluginNotReady", s.Network.Status()),
 		}},
 		Features: &runtime.RuntimeFeatures{
 			SupplementalGroupsPolicy: true,
@@ -63,6 +57,14 @@ func (s *runtimeService) Status(_ context.Context, req *runtime.StatusRequest) (
 		}
 	}
 	return resp, nil
+}
+
+// condition is met unless err says why not.
+func condition(kind, reason string, err error) *runtime.RuntimeCondition {
+	if err == nil {
+		return &runtime.RuntimeCondition{Type: kind, Status: true}
+	}
+	return &runtime.RuntimeCondition{Type: kind, Reason: reason, Message: err.Error()}
 }
 
 // RuntimeConfig tells kubelet which cgroup driver to use.

@@ -37,8 +37,10 @@ type Config struct {
 	Stats      *stats.Collector
 	Streaming  Streaming
 	Events     *Events
-	Host       spec.Host
-	Handlers   map[string]spec.Handler
+	// Runtime tells why no container can be started; nil when one can.
+	Runtime  func() error
+	Host     spec.Host
+	Handlers map[string]spec.Handler
 	// Effective is the whole configuration, for verbose Status.
 	Effective any
 	// MaxMessage is the largest message either way, bytes.
