@@ -102,7 +102,14 @@ func TestUnreachablePodmon(t *testing.T) {
 			socks, _ := filepath.Glob(filepath.Join(m.o.RunDir, "podmon/*/sock"))
 			must(m.t, os.Remove(socks[0]))
 		},
-		"stopped": func(m *machine, pid int) { must(m.t, syscall.Kill(pid, unix.SIGSTOP)) },
+		"stopped": func(m *machine, pid int) {
+			must(m.t, syscall.Kill(pid, unix.SIGSTOP))
+			for deadline := time.Now().Add(10 * time.Second); !strings.Contains(procStat(pid), ") T "); {
+				if time.Now().After(deadline) {
+					m.t.Fatal("podmon does not stop")
+				}
+			}
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			m := newMachine(t)

@@ -102,7 +102,7 @@ func TestManyLost(t *testing.T) {
 			t.Errorf("log %q", got)
 		}
 	}
-	if took := time.Since(began); took > 1500*time.Millisecond {
+	if took := time.Since(began); took > 5*time.Second { // 2 s each would be 12
 		t.Errorf("took %v", took)
 	}
 }
