@@ -4,16 +4,19 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"os/user"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
 	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/sirupsen/logrus"
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 
 	"github.com/podshim/podshim/internal/cni"
@@ -56,7 +59,10 @@ func serve(ctx context.Context, cfg *config.Config, log *logrus.Logger) (err err
 	}
 	served := make(chan error, 1)
 	go func() { served <- d.server.Serve(listener) }()
-	log.WithFields(logrus.Fields{"socket": cfg.CRI.Socket, "version": thisBuild().Version}).Info("podshim is ready")
+	log.WithFields(logrus.Fields{
+		"socket": cfg.CRI.Socket, "version": thisBuild().Version,
+		"pods": len(d.sandboxes.List()), "containers": len(d.containers.List()),
+	}).Info("podshim is ready")
 	if _, err := daemon.SdNotify(false, daemon.SdNotifyReady); err != nil {
 		log.WithError(err).Warn("tell systemd")
 	}
@@ -108,6 +114,7 @@ func (d *parts) build(ctx context.Context) error {
 		do   func(context.Context) error
 	}{
 		{"make directories", d.makeDirs},
+		{"run directory", d.lockRun},
 		{"look at this machine", d.lookAtHost},
 		{"images", d.openImages},
 		{"network", d.openNetwork},
@@ -144,6 +151,27 @@ func (d *parts) makeDirs(context.Context) error {
 		}
 	}
 	return nil
+}
+
+// lockRun makes sure that no other podshim uses the run directory: it would take
+// the socket and the monitors of this one. The kernel lets go of the lock with
+// the process.
+func (d *parts) lockRun(context.Context) error {
+	lock, err := os.OpenFile(d.run("lock"), os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return err
+	}
+	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		pid, _ := io.ReadAll(io.LimitReader(lock, 32))
+		return errors.Join(fmt.Errorf("another podshim (pid %s) uses %s: each needs a run and a root directory of its own: %w",
+			strings.TrimSpace(string(pid)), d.cfg.Run, err), lock.Close())
+	}
+	d.onClose(lock.Close)
+	if err := lock.Truncate(0); err != nil {
+		return err
+	}
+	_, err = fmt.Fprintln(lock, os.Getpid())
+	return err
 }
 
 func (d *parts) lookAtHost(context.Context) (err error) {

@@ -169,7 +169,7 @@ func (c *Config) checkCRI() error {
 }
 
 func positive(key string, d Duration) error {
-	if d <= 0 {
+	if d.Std() <= 0 {
 		return fmt.Errorf("%s: %s is not more than zero", key, d)
 	}
 	return nil

@@ -243,14 +243,15 @@ func override[T any](dst, src *T) {
 	}
 }
 
-// Duration is a time.Duration that is written as a string ("90s") in TOML.
-type Duration time.Duration
+// Duration is a time.Duration that is written as a string ("90s") in TOML. It is
+// a struct because a bare number must be a wrong type, not nanoseconds.
+type Duration struct{ d time.Duration }
 
 // Std returns d as the standard library's type.
-func (d Duration) Std() time.Duration { return time.Duration(d) }
+func (d Duration) Std() time.Duration { return d.d }
 
 // String writes d as time.Duration does.
-func (d Duration) String() string { return time.Duration(d).String() }
+func (d Duration) String() string { return d.d.String() }
 
 // MarshalText writes d for TOML.
 func (d Duration) MarshalText() ([]byte, error) { return []byte(d.String()), nil }
@@ -261,6 +262,6 @@ func (d *Duration) UnmarshalText(text []byte) error {
 	if err != nil {
 		return fmt.Errorf("%q is not a time such as \"90s\" or \"5m\"", text)
 	}
-	*d = Duration(v)
+	d.d = v
 	return nil
 }

@@ -22,10 +22,12 @@ func fields(t reflect.Type, prefix string) []string {
 	for i := range t.NumField() {
 		f := t.Field(i)
 		name, _, _ := strings.Cut(f.Tag.Get("toml"), ",")
-		switch f.Type.Kind() {
-		case reflect.Struct:
+		switch {
+		case f.Type == reflect.TypeFor[Duration]():
+			names = append(names, prefix+name)
+		case f.Type.Kind() == reflect.Struct:
 			names = append(names, fields(f.Type, prefix+name+".")...)
-		case reflect.Map:
+		case f.Type.Kind() == reflect.Map:
 		default:
 			names = append(names, prefix+name)
 		}
@@ -172,6 +174,7 @@ func TestLoadRefuses(t *testing.T) {
 		{"handler name", "[runtime.handlers.A_b]", []string{"runtime.handlers.A_b: "}},
 		{"soft above hard", "[runtime]\nnofile_hard = 10", []string{"runtime.nofile_soft: "}},
 		{"handler's soft above hard", "[runtime.handlers.a]\nnofile_soft = 1000000", []string{"runtime.handlers.a.nofile_soft: "}},
+		{"bare time", "[network]\nplugin_timeout = 60", []string{"\"60\" is not a time"}},
 		{"pids", "[runtime]\npids_limit = -1", []string{"runtime.pids_limit: -1"}},
 		{"capability", "[runtime]\ndefault_capabilities = [\"CHOWN\"]", []string{`runtime.default_capabilities: "CHOWN"`}},
 		{"seccomp", "[runtime]\nseccomp_profile = \"x.json\"", []string{"runtime.seccomp_profile: "}},

@@ -85,6 +85,7 @@ func (m *Manager) startFailed(ctx context.Context, c *Container, cause error) er
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), releaseLimit)
 	defer cancel()
 	r := c.Get()
+	m.log(r).WithError(cause).Warn("container could not be started")
 	ended := m.end(ctx, r)
 	err := m.transition(c, Exited, func(r *Record) {
 		r.FinishedAt = time.Now()

@@ -51,6 +51,9 @@ func status(err error) error {
 }
 
 func codeOf(err error) codes.Code {
+	if s, ok := grpcstatus.FromError(err); ok {
+		return s.Code()
+	}
 	for _, c := range classes {
 		if c.is(err) {
 			return c.code

@@ -122,9 +122,10 @@ func note(log *logrus.Entry, method string, start time.Time, err error) {
 	if !log.Logger.IsLevelEnabled(level) {
 		return
 	}
-	log = log.WithFields(logrus.Fields{"method": method, "took": time.Since(start).Round(time.Microsecond)})
+	log = log.WithFields(logrus.Fields{"method": method, "took": time.Since(start).Round(time.Microsecond).String()})
 	if err != nil {
-		log = log.WithError(err)
+		log.WithError(err).Log(level, "call failed")
+		return
 	}
 	log.Log(level, "call")
 }
