@@ -97,7 +97,11 @@ func runOnce(ctx context.Context, o options, set *images.Set) (_ tally, err erro
 		return tally{}, err
 	}
 
-	log, err := os.Create(filepath.Join(o.artifacts, o.runtime+".log"))
+	name := o.runtime + ".log"
+	if o.repeat > 1 {
+		name = fmt.Sprintf("%s-%d.log", o.runtime, o.seed) // one run's log must not hide another's
+	}
+	log, err := os.Create(filepath.Join(o.artifacts, name))
 	if err != nil {
 		return tally{}, fmt.Errorf("create daemon's log: %w", err)
 	}
