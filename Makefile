@@ -56,7 +56,7 @@ demo: build tools images ## One pod on a private podshim, shown and taken down a
 ##@ Test
 
 .PHONY: test
-test: lint unit pod critest ## All tests; what .ci/run calls
+test: lint unit pod fault-short critest ## All tests; what .ci/run calls
 
 .PHONY: unit
 unit: ## Tests of the packages, as root where they need it
@@ -68,6 +68,15 @@ unit: ## Tests of the packages, as root where they need it
 pod: build tools ## Pods on a real podshim, seen by the kernel
 	@$(need) $(NEED_TEST)
 	PODSHIM_BIN_DIR=$(BIN) PODSHIM_TOOLS_DIR=$(TOOLS) go test -count=1 -timeout 20m ./test/harness/... ./test/pod/...
+
+.PHONY: fault
+fault: build tools ## Break things under a real podshim, at full length
+	@$(need) $(NEED_TEST)
+	PODSHIM_BIN_DIR=$(BIN) PODSHIM_TOOLS_DIR=$(TOOLS) go test -count=1 -timeout 120m ./test/fault/... $(ARGS)
+
+.PHONY: fault-short
+fault-short: ## The same, fewer times: what CI runs
+	@$(MAKE) --no-print-directory fault ARGS='-short $(ARGS)'
 
 .PHONY: critest
 critest: build tools images ## cri-tools' conformance suite, and a search for leaks
