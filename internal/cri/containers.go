@@ -76,20 +76,24 @@ func (s *runtimeService) RemoveContainer(ctx context.Context, req *runtime.Remov
 func (s *runtimeService) ListContainers(_ context.Context, req *runtime.ListContainersRequest) (*runtime.ListContainersResponse, error) {
 	resp := new(runtime.ListContainersResponse)
 	for _, r := range s.containers(req.GetFilter()) {
-		resp.Containers = append(resp.Containers, &runtime.Container{
-			Id:           r.ID,
-			PodSandboxId: r.SandboxID,
-			Metadata:     r.Config.GetMetadata(),
-			Image:        r.Config.GetImage(),
-			ImageRef:     r.ImageRef,
-			ImageId:      r.ImageID,
-			State:        containerState(r),
-			CreatedAt:    r.CreatedAt.UnixNano(),
-			Labels:       r.Config.GetLabels(),
-			Annotations:  r.Config.GetAnnotations(),
-		})
+		resp.Containers = append(resp.Containers, listedContainer(r))
 	}
 	return resp, nil
+}
+
+func listedContainer(r *container.Record) *runtime.Container {
+	return &runtime.Container{
+		Id:           r.ID,
+		PodSandboxId: r.SandboxID,
+		Metadata:     r.Config.GetMetadata(),
+		Image:        r.Config.GetImage(),
+		ImageRef:     r.ImageRef,
+		ImageId:      r.ImageID,
+		State:        containerState(r),
+		CreatedAt:    r.CreatedAt.UnixNano(),
+		Labels:       r.Config.GetLabels(),
+		Annotations:  r.Config.GetAnnotations(),
+	}
 }
 
 // containers returns the records that pass a filter, newest first.

@@ -146,12 +146,18 @@ func (e *Events) Close() {
 }
 
 // GetContainerEvents tells what happens from now on, until the client goes away.
+// The stream's header says that "now" has come: who waits for it and then lists
+// knows all that was and misses nothing that will be.
 func (s *runtimeService) GetContainerEvents(_ *runtime.GetEventsRequest, stream runtime.RuntimeService_GetContainerEventsServer) error {
 	sub, err := s.Events.subscribe()
 	if err != nil {
 		return err
 	}
 	defer s.Events.unsubscribe(sub)
+	// From here on nothing is missed: a client that has the header may list.
+	if err := stream.SendHeader(nil); err != nil {
+		return err
+	}
 	for {
 		select {
 		case c, ok := <-sub.queue:

@@ -13,22 +13,31 @@ import (
 
 // ListImages lists images, or the one that the filter names.
 func (s *imageService) ListImages(_ context.Context, req *runtime.ListImagesRequest) (*runtime.ListImagesResponse, error) {
-	resp := new(runtime.ListImagesResponse)
-	if ref := req.GetFilter().GetImage().GetImage(); ref != "" {
-		img, err := s.Images.Get(ref)
-		if errdefs.IsNotFound(err) {
-			return resp, nil
-		}
-		if err != nil {
-			return nil, err
-		}
-		resp.Images = []*runtime.Image{criImage(img)}
-		return resp, nil
+	images, err := s.images(req.GetFilter())
+	if err != nil {
+		return nil, err
 	}
-	for _, img := range s.Images.List() {
+	resp := new(runtime.ListImagesResponse)
+	for _, img := range images {
 		resp.Images = append(resp.Images, criImage(img))
 	}
 	return resp, nil
+}
+
+// images returns all images, or the one that the filter names, if it is there.
+func (s *imageService) images(f *runtime.ImageFilter) ([]image.Image, error) {
+	ref := f.GetImage().GetImage()
+	if ref == "" {
+		return s.Images.List(), nil
+	}
+	img, err := s.Images.Get(ref)
+	if errdefs.IsNotFound(err) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	return []image.Image{img}, nil
 }
 
 // ImageStatus tells of one image; none at all is an empty answer, as the CRI has it.

@@ -72,17 +72,21 @@ func (s *runtimeService) PodSandboxStatus(_ context.Context, req *runtime.PodSan
 func (s *runtimeService) ListPodSandbox(_ context.Context, req *runtime.ListPodSandboxRequest) (*runtime.ListPodSandboxResponse, error) {
 	resp := new(runtime.ListPodSandboxResponse)
 	for _, r := range s.sandboxes(req.GetFilter()) {
-		resp.Items = append(resp.Items, &runtime.PodSandbox{
-			Id:             r.ID,
-			Metadata:       r.Config.GetMetadata(),
-			State:          sandboxState(r),
-			CreatedAt:      r.CreatedAt.UnixNano(),
-			Labels:         r.Config.GetLabels(),
-			Annotations:    r.Config.GetAnnotations(),
-			RuntimeHandler: r.Handler,
-		})
+		resp.Items = append(resp.Items, listedSandbox(r))
 	}
 	return resp, nil
+}
+
+func listedSandbox(r *sandbox.Record) *runtime.PodSandbox {
+	return &runtime.PodSandbox{
+		Id:             r.ID,
+		Metadata:       r.Config.GetMetadata(),
+		State:          sandboxState(r),
+		CreatedAt:      r.CreatedAt.UnixNano(),
+		Labels:         r.Config.GetLabels(),
+		Annotations:    r.Config.GetAnnotations(),
+		RuntimeHandler: r.Handler,
+	}
 }
 
 // sandboxes returns the records that pass a filter, newest first.

@@ -53,7 +53,7 @@ func NewServer(cfg Config) *grpc.Server {
 	s := grpc.NewServer(
 		grpc.MaxRecvMsgSize(cfg.MaxMessage),
 		grpc.MaxSendMsgSize(cfg.MaxMessage),
-		grpc.UnaryInterceptor(intercept(cfg.Log)),
+		grpc.UnaryInterceptor(intercept(cfg.Log, cfg.MaxMessage)),
 		grpc.StreamInterceptor(interceptStream(cfg.Log)),
 	)
 	runtime.RegisterRuntimeServiceServer(s, &runtimeService{Config: cfg})
@@ -74,29 +74,41 @@ type imageService struct {
 // polling holds the calls that clients make all the time; they are logged at
 // level trace, the others at debug.
 var polling = map[string]bool{
-	runtime.RuntimeService_Version_FullMethodName:               true,
-	runtime.RuntimeService_Status_FullMethodName:                true,
-	runtime.RuntimeService_ListPodSandbox_FullMethodName:        true,
-	runtime.RuntimeService_PodSandboxStatus_FullMethodName:      true,
-	runtime.RuntimeService_ListContainers_FullMethodName:        true,
-	runtime.RuntimeService_ContainerStatus_FullMethodName:       true,
-	runtime.RuntimeService_ContainerStats_FullMethodName:        true,
-	runtime.RuntimeService_ListContainerStats_FullMethodName:    true,
-	runtime.RuntimeService_PodSandboxStats_FullMethodName:       true,
-	runtime.RuntimeService_ListPodSandboxStats_FullMethodName:   true,
-	runtime.RuntimeService_ListPodSandboxMetrics_FullMethodName: true,
-	runtime.RuntimeService_ExecSync_FullMethodName:              true,
-	runtime.ImageService_ListImages_FullMethodName:              true,
-	runtime.ImageService_ImageStatus_FullMethodName:             true,
-	runtime.ImageService_ImageFsInfo_FullMethodName:             true,
+	runtime.RuntimeService_Version_FullMethodName:                 true,
+	runtime.RuntimeService_Status_FullMethodName:                  true,
+	runtime.RuntimeService_ListPodSandbox_FullMethodName:          true,
+	runtime.RuntimeService_PodSandboxStatus_FullMethodName:        true,
+	runtime.RuntimeService_ListContainers_FullMethodName:          true,
+	runtime.RuntimeService_ContainerStatus_FullMethodName:         true,
+	runtime.RuntimeService_ContainerStats_FullMethodName:          true,
+	runtime.RuntimeService_ListContainerStats_FullMethodName:      true,
+	runtime.RuntimeService_PodSandboxStats_FullMethodName:         true,
+	runtime.RuntimeService_ListPodSandboxStats_FullMethodName:     true,
+	runtime.RuntimeService_ListPodSandboxMetrics_FullMethodName:   true,
+	runtime.RuntimeService_StreamPodSandboxes_FullMethodName:      true,
+	runtime.RuntimeService_StreamContainers_FullMethodName:        true,
+	runtime.RuntimeService_StreamContainerStats_FullMethodName:    true,
+	runtime.RuntimeService_StreamPodSandboxStats_FullMethodName:   true,
+	runtime.RuntimeService_StreamPodSandboxMetrics_FullMethodName: true,
+	runtime.ImageService_StreamImages_FullMethodName:              true,
+	runtime.RuntimeService_ExecSync_FullMethodName:                true,
+	runtime.ImageService_ListImages_FullMethodName:                true,
+	runtime.ImageService_ImageStatus_FullMethodName:               true,
+	runtime.ImageService_ImageFsInfo_FullMethodName:               true,
 }
 
 // intercept logs calls and gives their errors the gRPC code. Requests are never
 // logged: they hold environments and credentials.
-func intercept(log *logrus.Entry) grpc.UnaryServerInterceptor {
+func intercept(log *logrus.Entry, maxMessage int) grpc.UnaryServerInterceptor {
 	return func(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
 		start := time.Now()
 		resp, err := handler(ctx, req)
+		if err == nil {
+			err = fits(info.FullMethod, resp, maxMessage)
+		}
+		if err != nil {
+			resp = nil
+		}
 		note(log, info.FullMethod, start, err)
 		return resp, status(err)
 	}

@@ -35,11 +35,7 @@ func (s *runtimeService) ContainerStats(ctx context.Context, req *runtime.Contai
 
 // ListContainerStats measures the running containers that pass a filter.
 func (s *runtimeService) ListContainerStats(ctx context.Context, req *runtime.ListContainerStatsRequest) (*runtime.ListContainerStatsResponse, error) {
-	f := req.GetFilter()
-	records := s.containers(&runtime.ContainerFilter{
-		Id: f.GetId(), PodSandboxId: f.GetPodSandboxId(), LabelSelector: f.GetLabelSelector(),
-	})
-	measured, err := s.measureContainers(ctx, records, stats.LayerDeadline())
+	measured, err := s.measureContainers(ctx, s.measurable(req.GetFilter()), stats.LayerDeadline())
 	if err != nil {
 		return nil, err
 	}
@@ -68,20 +64,38 @@ func (s *runtimeService) PodSandboxStats(ctx context.Context, req *runtime.PodSa
 
 // ListPodSandboxStats measures the ready pods that pass a filter.
 func (s *runtimeService) ListPodSandboxStats(ctx context.Context, req *runtime.ListPodSandboxStatsRequest) (*runtime.ListPodSandboxStatsResponse, error) {
-	f := req.GetFilter()
 	resp := new(runtime.ListPodSandboxStatsResponse)
 	layersBy := stats.LayerDeadline()
-	for _, r := range s.sandboxes(&runtime.PodSandboxFilter{Id: f.GetId(), LabelSelector: f.GetLabelSelector()}) {
-		if r.State != sandbox.Ready {
-			continue
+	for _, r := range s.measurablePods(req.GetFilter()) {
+		if measured := s.listedPodStats(ctx, r, layersBy); measured != nil {
+			resp.Stats = append(resp.Stats, measured)
 		}
-		measured, err := s.measurePod(ctx, r, layersBy)
-		if s.leaveOut(ctx, "sandbox", r.ID, err) {
-			continue
-		}
-		resp.Stats = append(resp.Stats, measured)
 	}
 	return resp, ctx.Err()
+}
+
+// measurable returns the containers that pass a filter of stats.
+func (s *runtimeService) measurable(f *runtime.ContainerStatsFilter) []*container.Record {
+	return s.containers(&runtime.ContainerFilter{
+		Id: f.GetId(), PodSandboxId: f.GetPodSandboxId(), LabelSelector: f.GetLabelSelector(),
+	})
+}
+
+// measurablePods returns the sandboxes that pass a filter of stats.
+func (s *runtimeService) measurablePods(f *runtime.PodSandboxStatsFilter) []*sandbox.Record {
+	return s.sandboxes(&runtime.PodSandboxFilter{Id: f.GetId(), LabelSelector: f.GetLabelSelector()})
+}
+
+// listedPodStats measures a pod for a list; nil leaves it out.
+func (s *runtimeService) listedPodStats(ctx context.Context, r *sandbox.Record, layersBy time.Time) *runtime.PodSandboxStats {
+	if r.State != sandbox.Ready {
+		return nil
+	}
+	measured, err := s.measurePod(ctx, r, layersBy)
+	if s.leaveOut(ctx, "sandbox", r.ID, err) {
+		return nil
+	}
+	return measured
 }
 
 func (s *runtimeService) measurePod(ctx context.Context, r *sandbox.Record, layersBy time.Time) (*runtime.PodSandboxStats, error) {
@@ -107,16 +121,23 @@ func (s *runtimeService) measurePod(ctx context.Context, r *sandbox.Record, laye
 func (s *runtimeService) measureContainers(ctx context.Context, records []*container.Record, layersBy time.Time) ([]*runtime.ContainerStats, error) {
 	var out []*runtime.ContainerStats
 	for _, r := range records {
-		if r.State != container.Running {
-			continue
+		if measured := s.listedContainerStats(ctx, r, layersBy); measured != nil {
+			out = append(out, measured)
 		}
-		measured, err := s.measureContainer(ctx, r, layersBy)
-		if s.leaveOut(ctx, "container", r.ID, err) {
-			continue
-		}
-		out = append(out, measured)
 	}
 	return out, ctx.Err()
+}
+
+// listedContainerStats measures a container for a list; nil leaves it out.
+func (s *runtimeService) listedContainerStats(ctx context.Context, r *container.Record, layersBy time.Time) *runtime.ContainerStats {
+	if r.State != container.Running {
+		return nil
+	}
+	measured, err := s.measureContainer(ctx, r, layersBy)
+	if s.leaveOut(ctx, "container", r.ID, err) {
+		return nil
+	}
+	return measured
 }
 
 // leaveOut tells whether something that could not be measured is left out of a
