@@ -24,6 +24,8 @@ need     := hack/need.sh
 NEED_BUILD  := gcc=gcc /usr/include/stdlib.h=libc6-dev /usr/include/seccomp.h=libseccomp-dev
 NEED_IMAGES := gcc=gcc /usr/include/stdlib.h=libc6-dev debootstrap=debootstrap \
                /usr/share/keyrings/debian-archive-keyring.gpg=debian-archive-keyring
+NEED_VM     := qemu-system-x86_64=qemu-system-x86 debootstrap=debootstrap mkfs.ext4=e2fsprogs \
+               /usr/share/keyrings/debian-archive-keyring.gpg=debian-archive-keyring
 NEED_TEST   := iptables=iptables nft=nftables ip=iproute2 busybox=busybox
 
 ##@ Build
@@ -97,6 +99,18 @@ critest-vs-containerd: critest peers ## The same suite on containerd, to compare
 critest-bench: build tools images ## critest's benchmarks; JSON in _artifacts/critest/benchmark
 	@$(need) $(NEED_TEST)
 	go run ./test/critest -benchmark $(ARGS)
+
+.PHONY: vm
+vm: build tools ## test/pod in a Debian VM: cgroup v2 and systemd, where this machine has neither
+	@$(need) $(NEED_VM)
+	@test/vm/disk.sh _artifacts/vm
+	@payload=$$(mktemp -d) && trap 'rm -rf "$$payload"' EXIT && \
+	mkdir "$$payload/bin" "$$payload/tools" && cp $(BIN)/podshim $(BIN)/podmon "$$payload/bin" && \
+	find $(TOOLS) -maxdepth 1 -type f ! -name critest ! -name kubelet -exec cp {} "$$payload/tools" \; && \
+	CGO_ENABLED=0 go test -c -ldflags '-s -w' -o "$$payload/pod.test" ./test/pod && \
+	cp test/vm/guest.sh "$$payload" && \
+	printf "DRIVERS='%s' ARGS='%s'\n" '$(or $(DRIVERS),cgroupfs systemd)' '$(ARGS)' >"$$payload/settings" && \
+	test/vm/run.sh _artifacts/vm "$$payload"
 
 .PHONY: lint
 lint: ## gofmt and go vet

@@ -8,8 +8,74 @@ import (
 	"path/filepath"
 	"strings"
 
+	"github.com/opencontainers/cgroups"
+	"github.com/opencontainers/cgroups/manager"
+	"github.com/opencontainers/cgroups/systemd"
 	"golang.org/x/sys/unix"
 )
+
+// Systemd tells that the nodes use the systemd cgroup driver, as on most of the
+// machines there are; the usual one here is cgroupfs. The environment variable
+// PODSHIM_TEST_CGROUP_DRIVER says which.
+var Systemd = os.Getenv("PODSHIM_TEST_CGROUP_DRIVER") == "systemd"
+
+// CgroupPath is where a cgroup parent as CRI names it lies below a hierarchy's
+// root: a path is itself, a slice is below the slices in its name.
+func CgroupPath(parent string) string {
+	if !strings.HasSuffix(parent, ".slice") {
+		return parent
+	}
+	dir, err := systemd.ExpandSlice(filepath.Base(parent))
+	if err != nil {
+		return parent
+	}
+	return dir
+}
+
+// cgroup names a cgroup of the node below another one of it, or below the node's
+// own for "": what a client gives as cgroup parent.
+func (d *daemon) cgroup(above, name string) string {
+	if !Systemd {
+		return filepath.Join("/", d.Name, strings.TrimPrefix(above, "/"+d.Name), name)
+	}
+	if above == "" {
+		above = d.Name + ".slice"
+	}
+	return strings.TrimSuffix(above, ".slice") + "-" + name + ".slice"
+}
+
+// cgroupTops are the directories that hold all cgroups of the node.
+func (d *daemon) cgroupTops() []string {
+	var tops []string
+	for _, h := range hierarchies() {
+		tops = append(tops, filepath.Join(h.root, d.Name))
+		if Systemd {
+			tops = append(tops, filepath.Join(h.root, CgroupPath(d.Name+".slice")))
+		}
+	}
+	return tops
+}
+
+// PodCgroup makes a cgroup for a pod, as kubelet does before it asks for the
+// sandbox. It goes with the test.
+func (n *Node) PodCgroup(name string) (parent string) {
+	n.t.Helper()
+	parent = n.cgroup(n.PodsCgroup, "pod"+strings.NewReplacer("-", "_", "/", "_").Replace(name))
+	if err := MakeCgroup(parent); err != nil {
+		n.t.Fatalf("make a pod's cgroup: %v", err)
+	}
+	n.t.Cleanup(func() {
+		if err := RemoveCgroup(parent); err != nil {
+			n.t.Errorf("remove the pod's cgroup: %v", err)
+		}
+	})
+	return parent
+}
+
+// slice is a systemd slice, for cgroups' own systemd driver.
+func slice(name string) (cgroups.Manager, error) {
+	return manager.New(&cgroups.Cgroup{Name: name, Systemd: true, Resources: &cgroups.Resources{}})
+}
 
 // hierarchy is one mounted cgroup filesystem.
 type hierarchy struct {
@@ -52,8 +118,15 @@ func unifiedRoot() (string, error) {
 
 // MakeCgroup makes a cgroup in every hierarchy, the way kubelet makes the
 // cgroup of a pod before it asks for the sandbox. The path starts at the
-// hierarchy's root.
+// hierarchy's root; a slice is asked of systemd.
 func MakeCgroup(path string) error {
+	if strings.HasSuffix(path, ".slice") {
+		m, err := slice(path)
+		if err != nil {
+			return err
+		}
+		return m.Apply(-1)
+	}
 	for _, h := range hierarchies() {
 		if err := makeCgroupIn(h, path); err != nil {
 			return fmt.Errorf("make cgroup %s in %s: %w", path, h.root, err)
@@ -111,6 +184,13 @@ func inheritCpuset(parent, dir string) error {
 // RemoveCgroup removes a cgroup and those below it from every hierarchy.
 // Processes in it make it fail; a cgroup that is not there is success.
 func RemoveCgroup(path string) error {
+	if strings.HasSuffix(path, ".slice") {
+		m, err := slice(path)
+		if err != nil {
+			return err
+		}
+		return m.Destroy()
+	}
 	var errs []error
 	for _, h := range hierarchies() {
 		dirs := cgroupsBelow(filepath.Join(h.root, path))

@@ -22,7 +22,8 @@
 // everything that is left below its directories, in its cgroups or on its bridge
 // is an error, and is then taken away.
 //
-// Environment: PODSHIM_BIN_DIR holds podshim and podmon (otherwise they are
+// Environment: PODSHIM_TEST_CGROUP_DRIVER is cgroupfs (if unset) or systemd;
+// PODSHIM_BIN_DIR holds podshim and podmon (otherwise they are
 // built once per test process); PODSHIM_TOOLS_DIR holds the CNI plugins and
 // crictl (otherwise <repository>/_artifacts/tools, see `make tools`).
 package harness

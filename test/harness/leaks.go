@@ -30,8 +30,8 @@ func (d *daemon) leftovers(ids []string) []string {
 			found = append(found, "mount "+m.Point)
 		}
 	}
-	for _, h := range hierarchies() {
-		for _, dir := range cgroupsBelow(filepath.Join(h.root, d.Name)) {
+	for _, top := range d.cgroupTops() {
+		for _, dir := range cgroupsBelow(top) {
 			if containsAny(filepath.Base(dir), ids) {
 				found = append(found, "cgroup "+dir)
 			}
@@ -184,11 +184,13 @@ func (d *daemon) remains() []string {
 	for _, link := range d.ports() {
 		found = append(found, "interface "+link+" on "+d.Bridge)
 	}
-	for _, h := range hierarchies() {
-		for _, dir := range cgroupsBelow(filepath.Join(h.root, d.Name)) {
-			switch strings.TrimPrefix(dir, filepath.Join(h.root, d.Name)) {
-			case "", "/daemon", "/pods", "/own":
-			default:
+	for _, top := range d.cgroupTops() {
+		for _, dir := range cgroupsBelow(top) {
+			own := dir == top || dir == filepath.Join(top, "daemon")
+			for _, parent := range []string{d.PodsCgroup, d.OwnCgroup} {
+				own = own || strings.HasSuffix(dir, CgroupPath(parent))
+			}
+			if !own {
 				found = append(found, "cgroup "+dir)
 			}
 		}
@@ -416,6 +418,13 @@ func (d *daemon) destroy() error {
 	}
 	if err := RemoveCgroup("/" + d.Name); err != nil {
 		return err
+	}
+	if Systemd {
+		for _, name := range []string{d.PodsCgroup, d.OwnCgroup, d.Name + ".slice"} {
+			if err := RemoveCgroup(name); err != nil {
+				return err
+			}
+		}
 	}
 	if d.logs != nil {
 		_ = d.logs.Close()

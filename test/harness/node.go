@@ -141,7 +141,7 @@ func newDaemon(opts Options) (*daemon, error) {
 	}
 	d.Socket = d.RunDir + "/podshim.sock"
 	d.Bridge = "pst" + strings.TrimPrefix(d.Name, "pst-")
-	d.PodsCgroup, d.OwnCgroup = "/"+d.Name+"/pods", "/"+d.Name+"/own"
+	d.PodsCgroup, d.OwnCgroup = d.cgroup("", "pods"), d.cgroup("", "own")
 	// The root of a user namespace must get through to what podshim gives it.
 	if err := os.Chmod(dir, 0o711); err != nil {
 		return d, err
@@ -248,6 +248,10 @@ func (d *daemon) writeConfig() error {
 	if err != nil {
 		return err
 	}
+	driver := "cgroupfs"
+	if Systemd {
+		driver = "systemd"
+	}
 	conf := fmt.Sprintf(`root = %q
 run = %q
 [log]
@@ -257,7 +261,7 @@ socket = %q
 [monitor]
 binary = %q
 [cgroup]
-driver = "cgroupfs"
+driver = %q
 parent = %q
 [network]
 conf_dir = %q
@@ -270,7 +274,7 @@ certs_dirs = [%q]
 [runtime]
 %s
 %s
-`, d.Root, d.RunDir, d.Socket, bin+"/podmon", d.OwnCgroup, d.CNIConf, tools, d.NetnsDir, d.CertsD,
+`, d.Root, d.RunDir, d.Socket, bin+"/podmon", driver, d.OwnCgroup, d.CNIConf, tools, d.NetnsDir, d.CertsD,
 		d.opts.Image, d.opts.Runtime, d.opts.Config)
 	return os.WriteFile(dir(d, "config.toml"), []byte(conf), 0o600)
 }

@@ -82,15 +82,8 @@ func weight(shares int64) string { return strconv.FormatInt(1+((shares-2)*9999)/
 func TestLimitsAreInTheCgroup(t *testing.T) {
 	n := harness.Shared(t)
 	t.Parallel()
-	parent := n.PodsCgroup + "/pod" + t.Name()
-	if err := harness.MakeCgroup(parent); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := harness.RemoveCgroup(parent); err != nil {
-			t.Errorf("remove the pod's cgroup: %v", err)
-		}
-	})
+	parent := n.PodCgroup(t.Name())
+	below := harness.CgroupPath(parent) + "/"
 	p := n.RunPod(func(c *cri.PodSandboxConfig) { c.Linux.CgroupParent = parent })
 	c := p.Run(sleeper, resources(&cri.LinuxContainerResources{
 		CpuPeriod: 100000, CpuQuota: 50000, CpuShares: 512, MemoryLimitInBytes: 64 << 20, CpusetCpus: "0", OomScoreAdj: 500,
@@ -102,10 +95,10 @@ func TestLimitsAreInTheCgroup(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if !strings.Contains(dir, parent+"/") || !strings.Contains(dir, c.ID) {
+		if !strings.Contains(dir, below) || !strings.Contains(dir, c.ID) {
 			t.Errorf("%s cgroup is %s, want below %s", controller, dir, parent)
 		}
-		if dir, err = p.Infra().CgroupDir(controller); err != nil || !strings.Contains(dir, parent+"/") {
+		if dir, err = p.Infra().CgroupDir(controller); err != nil || !strings.Contains(dir, below) {
 			t.Errorf("infra's %s cgroup is %s, %v", controller, dir, err)
 		}
 	}
@@ -233,13 +226,13 @@ func TestOwnCgroupParent(t *testing.T) {
 	n, p := start(t, func(c *cri.PodSandboxConfig) { c.Linux.CgroupParent = "" })
 	c := p.Run(sleeper)
 	dir, err := c.Process().CgroupDir("memory")
-	if err != nil || !strings.Contains(dir, n.OwnCgroup+"/") {
+	if err != nil || !strings.Contains(dir, harness.CgroupPath(n.OwnCgroup)+"/") {
 		t.Fatalf("memory cgroup is %s, %v; want below %s", dir, err, n.OwnCgroup)
 	}
 	if err := p.StopAndRemove(); err != nil {
 		t.Fatal(err)
 	}
-	for ; filepath.Base(dir) != filepath.Base(n.OwnCgroup); dir = filepath.Dir(dir) {
+	for ; filepath.Base(dir) != filepath.Base(harness.CgroupPath(n.OwnCgroup)); dir = filepath.Dir(dir) {
 		if _, err := os.Stat(dir); err == nil {
 			t.Errorf("left: %s", dir)
 		}

@@ -1,0 +1,12 @@
+#!/bin/sh
+# guest.sh: what runs inside the virtual machine, from its second disk. See run.sh.
+cd /tmp
+export HOME=/root PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+export PODSHIM_BIN_DIR=/payload/bin PODSHIM_TOOLS_DIR=/payload/tools
+. /payload/settings
+echo "vm: $(uname -r), cgroup $(stat -fc %T /sys/fs/cgroup), AppArmor $(cat /sys/module/apparmor/parameters/enabled), $(systemctl --version | head -n 1)"
+/payload/bin/podshim check --root /tmp/check-root --run /tmp/check-run
+for driver in $DRIVERS; do
+	echo "vm: test/pod with the $driver driver"
+	PODSHIM_TEST_CGROUP_DRIVER=$driver /payload/pod.test -test.timeout 60m $ARGS || exit 1
+done
