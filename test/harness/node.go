@@ -19,7 +19,9 @@ import (
 	"github.com/vishvananda/netlink"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
@@ -304,11 +306,26 @@ func (d *daemon) start() error {
 			return err
 		}
 	}
+	return d.waitAnswer()
+}
+
+// waitAnswer returns when the daemon answers.
+func (d *daemon) waitAnswer() error {
 	ctx, cancel := context.WithTimeout(context.Background(), Limit)
 	defer cancel()
-	// The socket is there a moment before it is listened on.
-	_, err = d.Runtime.Version(ctx, &cri.VersionRequest{}, grpc.WaitForReady(true))
-	return err
+	for {
+		// The socket is there a moment before it is listened on.
+		_, err := d.Runtime.Version(ctx, &cri.VersionRequest{}, grpc.WaitForReady(true))
+		if status.Code(err) != codes.Unavailable {
+			return err
+		}
+		// The call was put on a connection to a daemon that was killed.
+		select {
+		case <-d.exited:
+			return fmt.Errorf("podshim ended: %v", d.process.ProcessState)
+		default:
+		}
+	}
 }
 
 // spawn starts the program in the node's cgroup, from where every process it
@@ -444,6 +461,18 @@ func (n *Node) Resume() {
 	n.t.Helper()
 	if err := n.start(); err != nil {
 		n.t.Fatalf("start daemon again: %v\n%s", err, n.tail(40))
+	}
+}
+
+// Launch starts the daemon again without waiting until it answers.
+func (n *Node) Launch() {
+	n.t.Helper()
+	bin, err := Binaries()
+	if err == nil {
+		err = n.spawn(bin + "/podshim")
+	}
+	if err != nil {
+		n.t.Fatalf("start daemon again: %v", err)
 	}
 }
 
