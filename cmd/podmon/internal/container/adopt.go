@@ -115,7 +115,8 @@ func (c *Container) resumeOutput(files *wire.Message) (err error) {
 	if c.rec.LogPath != "" {
 		if log, err = crilog.Open(c.rec.LogRoot, c.rec.LogPath); err != nil {
 			// The container must be drained all the same.
-			c.log().WithError(err).Warn("open log")
+			c.log().WithError(err).Warn("open log; what cannot be logged is counted")
+			log = crilog.Await(c.rec.LogRoot, c.rec.LogPath, err)
 		}
 	}
 	c.handles.stdin = files.Fd(wire.FileStdin)

@@ -3,6 +3,7 @@ package crilog
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -179,10 +180,43 @@ func TestFullDisk(t *testing.T) {
 	if !bytes.Equal(rest, record) {
 		t.Errorf("after the note: %.100q", rest)
 	}
+	for range 10 {
+		l.Write(record, nil)
+	}
+	err = l.Close()
+	if b, rerr := os.ReadFile(path); rerr != nil || bytes.Count(b, []byte("were lost here")) != 2 && err == nil {
+		t.Errorf("a log that has lost records is closed without a word of it: %v, %v", err, rerr)
+	}
 	if err := errors.Join(l.Close(), l.Close()); err != nil {
 		t.Error(err)
 	}
 	l.Write(record, nil) // dropped
+}
+
+// A log that cannot be opened swallows nothing in silence, and is opened once it can be.
+func TestAwait(t *testing.T) {
+	root := filepath.Join(t.TempDir(), "gone")
+	_, why := Open(root, "log")
+	if why == nil {
+		t.Fatal("a log is open in a directory that is not there")
+	}
+	l := Await(root, "log", why)
+	l.tried = time.Time{}
+	record := []byte(stamp + "F lost\n")
+	l.Write(record, nil)
+	if err := os.Mkdir(root, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	l.tried = time.Time{}
+	l.Write([]byte(stamp+"F written\n"), nil)
+	if err := l.Close(); err != nil {
+		t.Error(err)
+	}
+	b, err := os.ReadFile(filepath.Join(root, "log"))
+	note, rest, _ := strings.Cut(string(b), "\n")
+	if err != nil || rest != stamp+"F written\n" || !strings.Contains(note, fmt.Sprintf("%d bytes of log records were lost here", len(record))) {
+		t.Errorf("%q, %v", b, err)
+	}
 }
 
 // A device that was planted as the log is refused without opening it.

@@ -25,10 +25,12 @@ import (
 type Log struct {
 	root, path string
 
-	mu   sync.Mutex
-	f    *os.File
-	lost int   // bytes of records not written since the last good write
-	why  error // the first reason for it
+	mu     sync.Mutex
+	f      *os.File // nil: it could not be opened
+	closed bool
+	tried  time.Time // when it was last attempted to open it
+	lost   int       // bytes of records not written since the last good write
+	why    error     // the last reason for it
 }
 
 // Open opens the log at path beneath root for appending, and creates it and the
@@ -43,6 +45,27 @@ func Open(root, path string) (*Log, error) {
 	return l, nil
 }
 
+// Await is a log that cannot be opened now. What is written counts as lost until it can.
+func Await(root, path string, why error) *Log {
+	return &Log{root: root, path: path, tried: time.Now(), why: why}
+}
+
+// openPause is between attempts to open a log.
+const openPause = time.Second
+
+// retryOpen opens a log that could not be opened; mu is held.
+func (l *Log) retryOpen() {
+	if l.f != nil || time.Since(l.tried) < openPause {
+		return
+	}
+	l.tried = time.Now()
+	if f, err := openBeneath(l.root, l.path); err != nil {
+		l.why = err
+	} else {
+		l.f = f
+	}
+}
+
 // Reopen goes on in a new file at the same path after the old one was renamed.
 // Records are written either to the old or to the new file; none is lost. On an
 // error the old file stays in use.
@@ -52,9 +75,12 @@ func (l *Log) Reopen() error {
 		return err
 	}
 	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.closed {
+		return f.Close()
+	}
 	old := l.f
 	l.f = f
-	l.mu.Unlock()
 	return closeIfOpen(old)
 }
 
@@ -74,7 +100,11 @@ func (l *Log) Write(records []byte, progress Progress) {
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.f == nil {
+	if l.closed {
+		return
+	}
+	if l.retryOpen(); l.f == nil {
+		l.lost += len(records)
 		return
 	}
 	out := records
@@ -95,19 +125,59 @@ func (l *Log) Write(records []byte, progress Progress) {
 	l.lost, l.why = 0, nil
 }
 
-// Undo takes back what a killed podmon has appended to this very file at offset.
-// When the log has been renamed since, its reader sees a torn record there.
+// Undo takes back what a killed podmon has appended to this file, or to the one that it
+// was before a rotation, at offset.
 func (l *Log) Undo(device, inode uint64, offset int64) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	var st unix.Stat_t
-	if err := unix.Fstat(int(l.f.Fd()), &st); err != nil {
+	f := l.f
+	if !isFile(f, device, inode) {
+		var err error
+		if f, err = l.rotated(device, inode); f == nil {
+			return err
+		}
+		defer f.Close()
+	}
+	st, err := f.Stat()
+	if err != nil || st.Size() <= offset {
 		return err
 	}
-	if st.Dev != device || st.Ino != inode || st.Size <= offset {
-		return nil
+	return f.Truncate(offset)
+}
+
+func isFile(f *os.File, device, inode uint64) bool {
+	var st unix.Stat_t
+	return f != nil && unix.Fstat(int(f.Fd()), &st) == nil && st.Dev == device && st.Ino == inode
+}
+
+// rotated finds the file under another name in the log's directory, where kubelet
+// puts it (PATH.TIME); nil when it is not there any more.
+func (l *Log) rotated(device, inode uint64) (*os.File, error) {
+	dir, name, err := enterParents(l.root, l.path)
+	if err != nil {
+		return nil, err
 	}
-	return l.f.Truncate(offset)
+	defer unix.Close(dir)
+	fd, err := openat2(dir, ".", &unix.OpenHow{Flags: unix.O_RDONLY | unix.O_DIRECTORY | unix.O_CLOEXEC, Resolve: beneath})
+	if err != nil {
+		return nil, fmt.Errorf("open log directory: %w", err)
+	}
+	list := os.NewFile(uintptr(fd), "log directory")
+	defer list.Close()
+	names, err := list.Readdirnames(-1)
+	for _, other := range names {
+		var st unix.Stat_t
+		if !strings.HasPrefix(other, name+".") || unix.Fstatat(dir, other, &st, unix.AT_SYMLINK_NOFOLLOW) != nil ||
+			st.Dev != device || st.Ino != inode {
+			continue
+		}
+		if f, err := openLog(dir, other); err != nil || isFile(f, device, inode) {
+			return f, err
+		} else {
+			f.Close()
+		}
+	}
+	return nil, err
 }
 
 // confession is the record that says how much was lost.
@@ -130,13 +200,18 @@ func (l *Log) append(records []byte) error {
 	return errors.Join(err, l.f.Truncate(st.Size()-int64(n)))
 }
 
-// Close ends the log; later writes are dropped.
+// Close ends the log; later writes are dropped. What is lost by then is said at
+// the log's end, or in the error.
 func (l *Log) Close() error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	var err error
+	if l.lost > 0 && (l.f == nil || l.append(l.confession()) != nil) {
+		err = fmt.Errorf("%d bytes of log records were lost: %w", l.lost, l.why)
+	}
 	f := l.f
-	l.f = nil
-	return closeIfOpen(f)
+	l.f, l.closed, l.lost = nil, true, 0
+	return errors.Join(err, closeIfOpen(f))
 }
 
 func closeIfOpen(f *os.File) error {
@@ -150,32 +225,42 @@ func closeIfOpen(f *os.File) error {
 const beneath = unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS | unix.RESOLVE_NO_MAGICLINKS
 
 func openBeneath(root, path string) (*os.File, error) {
+	dir, name, err := enterParents(root, path)
+	if err != nil {
+		return nil, err
+	}
+	defer unix.Close(dir)
+	f, err := openLog(dir, name)
+	if err != nil {
+		return nil, fmt.Errorf("open log %s: %w", filepath.Join(root, path), err)
+	}
+	return f, nil
+}
+
+// enterParents opens the directory that path's last element is in, and makes those
+// that are missing.
+func enterParents(root, path string) (dir int, name string, err error) {
 	clean := filepath.Clean(path)
 	if filepath.IsAbs(path) || clean == "." || clean == ".." || strings.HasPrefix(clean, "../") {
-		return nil, fmt.Errorf("log path %q is not beneath the log directory", path)
+		return -1, "", fmt.Errorf("log path %q is not beneath the log directory", path)
 	}
-	dir, err := unix.Open(root, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	dir, err = unix.Open(root, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return nil, fmt.Errorf("open log directory %s: %w", root, err)
+		return -1, "", fmt.Errorf("open log directory %s: %w", root, err)
 	}
-	defer func() { unix.Close(dir) }()
 	parents, name := filepath.Split(clean)
 	for part := range strings.SplitSeq(strings.Trim(parents, "/"), "/") {
 		if part == "" {
 			continue
 		}
 		next, err := enter(dir, part)
-		if err != nil {
-			return nil, fmt.Errorf("log directory %q of %q: %w", part, path, err)
-		}
 		unix.Close(dir)
+		if err != nil {
+			return -1, "", fmt.Errorf("log directory %q of %q: %w", part, path, err)
+		}
 		dir = next
 	}
-	f, err := openLog(dir, name)
-	if err != nil {
-		return nil, fmt.Errorf("open log %s: %w", filepath.Join(root, clean), err)
-	}
-	return f, nil
+	return dir, name, nil
 }
 
 // enter opens the directory of that name in dir, and makes it when it is missing.

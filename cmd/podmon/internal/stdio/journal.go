@@ -23,7 +23,8 @@ import (
 //	idle -> reading -> read -> writing -> written -> idle
 //
 //	reading  n bytes are about to be read; whether they have been is told by a
-//	         sentinel at their end, which the read overwrites
+//	         sentinel at their end, which the read overwrites. It is random, or, where
+//	         few bytes could equal it by chance, made of what is about to be read
 //	read     the data is in the slot
 //	writing  its records are about to be appended to the log at an offset; what is
 //	         behind the offset is of this slot and may be torn. One slot of a
@@ -33,6 +34,7 @@ type Journal struct {
 	f *os.File
 
 	mu    sync.Mutex
+	look  [2]int  // a pipe to see in what another one holds
 	free  []*slot // with their memory
 	holes []int64 // indexes of slots without
 	slots int64
@@ -53,7 +55,7 @@ const (
 	slotSize = slotHead + chunk
 	// keepSlots is how many unused slots keep their memory.
 	keepSlots = 4
-	// sentinelSize makes it as good as impossible that data looks like a sentinel.
+	// sentinelSize makes it as good as impossible that data looks like a random sentinel.
 	sentinelSize = 16
 	maxID        = 255
 )
@@ -84,7 +86,12 @@ func NewJournal(path string) (*Journal, error) {
 		return nil, fmt.Errorf("make journal: %w", err)
 	}
 	// Sequence numbers must differ from those of every podmon before.
-	return &Journal{f: f, seq: uint64(time.Now().UnixNano())}, nil
+	j := &Journal{f: f, seq: uint64(time.Now().UnixNano())}
+	if err := unix.Pipe2(j.look[:], unix.O_CLOEXEC|unix.O_NONBLOCK); err != nil {
+		f.Close()
+		return nil, fmt.Errorf("make journal: %w", err)
+	}
+	return j, nil
 }
 
 // get returns a slot for a chunk of a container's stream. When the run directory
@@ -174,15 +181,52 @@ func (s *slot) data() []byte {
 
 func (s *slot) setLength(n int) { binary.LittleEndian.PutUint32(s.mem[atLength:], uint32(n)) }
 
-// expect prepares the slot for reading n bytes.
-func (s *slot) expect(n int) {
+// expect prepares the slot for reading n bytes from a pipe that holds them.
+func (j *Journal) expect(s *slot, pipe, n int) error {
 	s.setLength(n)
 	var sentinel [sentinelSize]byte
-	_, _ = rand.Read(sentinel[:]) // never fails
+	tail := sentinel[:min(n, sentinelSize)]
+	if n < sentinelSize {
+		if err := j.peek(pipe, tail); err != nil {
+			return err
+		}
+		for i := range tail {
+			tail[i] = ^tail[i]
+		}
+	} else {
+		_, _ = rand.Read(tail) // never fails
+	}
 	copy(s.mem[atSentinel:], sentinel[:])
-	tail := min(n, sentinelSize)
-	copy(s.mem[slotHead+n-tail:], sentinel[:tail])
+	copy(s.mem[slotHead+n-len(tail):], tail)
 	s.setState(slotReading)
+	return nil
+}
+
+// peek reads what a pipe holds and leaves it there.
+func (j *Journal) peek(pipe int, p []byte) error {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	n, err := ignoringEINTR(func() (int, error) {
+		n, err := unix.Tee(pipe, j.look[1], len(p), unix.SPLICE_F_NONBLOCK)
+		return int(n), err
+	})
+	if err != nil {
+		return fmt.Errorf("look into pipe: %w", err)
+	}
+	seen, err := ignoringEINTR(func() (int, error) { return unix.Read(j.look[0], p) })
+	if err != nil || n != len(p) || seen != len(p) {
+		return fmt.Errorf("look into pipe: %d of %d bytes: %w", seen, len(p), errors.Join(err, unix.EIO))
+	}
+	return nil
+}
+
+func ignoringEINTR(f func() (int, error)) (int, error) {
+	for {
+		n, err := f()
+		if err != unix.EINTR {
+			return n, err
+		}
+	}
 }
 
 // arrived tells, of a slot in state reading, whether the data has been read.

@@ -261,12 +261,8 @@ func (o *Output) readPipe(fd int, stream string) (*slot, error) {
 	}
 	c := o.journal.get(o.id, stream)
 	// Nobody else reads the pipe, so exactly as much can be read as is there.
-	c.expect(min(n, chunk))
-	for {
-		n, err = unix.Read(fd, c.data())
-		if err != unix.EINTR {
-			break
-		}
+	if err = o.journal.expect(c, fd, min(n, chunk)); err == nil {
+		n, err = ignoringEINTR(func() (int, error) { return unix.Read(fd, c.data()) })
 	}
 	if err != nil || n == 0 {
 		o.journal.put(c)

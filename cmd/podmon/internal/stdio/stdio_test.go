@@ -158,37 +158,34 @@ func TestResumeFromJournal(t *testing.T) {
 		leave func(b *bench, s *slot)
 		want  string
 	}{
-		"reading, still in the pipe": {func(b *bench, s *slot) { s.expect(6) }, ""},
+		"reading, still in the pipe": {func(b *bench, s *slot) {
+			b.write("ha")
+			b.expect(s, 2)
+		}, ""},
 		"reading, taken out": {func(b *bench, s *slot) {
-			s.expect(6)
-			copy(s.data(), "a\nb\nha")
+			b.take(s, "a\nb\nha")
 		}, "stdout F a\nstdout F b\n"},
 		"read": {func(b *bench, s *slot) {
-			s.expect(6)
-			copy(s.data(), "a\nb\nha")
+			b.take(s, "a\nb\nha")
 			s.setState(slotRead)
 		}, "stdout F a\nstdout F b\n"},
 		"writing, not begun": {func(b *bench, s *slot) {
-			s.expect(6)
-			copy(s.data(), "a\nb\nha")
+			b.take(s, "a\nb\nha")
 			s.writing(b.stat())
 		}, "stdout F a\nstdout F b\n"},
 		"writing, torn": {func(b *bench, s *slot) {
-			s.expect(6)
-			copy(s.data(), "a\nb\nha")
+			b.take(s, "a\nb\nha")
 			s.writing(b.stat())
 			b.append(torn)
 		}, "stdout F a\nstdout F b\n"},
 		"written": {func(b *bench, s *slot) {
-			s.expect(6)
-			copy(s.data(), "a\nb\nha")
+			b.take(s, "a\nb\nha")
 			s.writing(b.stat())
 			b.append("2026-11-21T02:43:21Z stdout F a\n2026-11-21T02:43:21Z stdout F b\n")
 			s.setState(slotWritten)
 		}, "stdout F a\nstdout F b\n"},
 		"written, rest saved": {func(b *bench, s *slot) {
-			s.expect(6)
-			copy(s.data(), "a\nb\nha")
+			b.take(s, "a\nb\nha")
 			b.append("2026-11-21T02:43:21Z stdout F a\n2026-11-21T02:43:21Z stdout F b\n")
 			s.setState(slotWritten)
 			r := restFile{path: filepath.Join(b.dir, "stdout.rest")}
@@ -198,14 +195,10 @@ func TestResumeFromJournal(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			b := newBench(t)
 			b.append("2026-11-21T02:43:21Z stdout F before\n")
-			if name == "reading, still in the pipe" {
-				b.write("ha")
-			}
-			tc.leave(b, b.journal.get("c", "stdout"))
 			other := b.journal.get("another", "stdout")
-			other.expect(6)
-			copy(other.data(), "alien\n")
+			b.take(other, "alien\n")
 			other.setState(slotRead)
+			tc.leave(b, b.journal.get("c", "stdout"))
 
 			o := b.output()
 			if err := o.Resume(filepath.Join(b.dir, "journal")); err != nil {
@@ -221,6 +214,77 @@ func TestResumeFromJournal(t *testing.T) {
 				t.Errorf("log %q, want %q", got, want)
 			}
 		})
+	}
+}
+
+// expect prepares the slot for reading n bytes that the pipe holds.
+func (b *bench) expect(s *slot, n int) {
+	b.t.Helper()
+	if err := b.journal.expect(s, int(b.r.Fd()), n); err != nil {
+		b.t.Fatal(err)
+	}
+}
+
+// take reads what is written through the pipe, up to before the note that it has
+// been read.
+func (b *bench) take(s *slot, written string) {
+	b.t.Helper()
+	b.write(written)
+	b.expect(s, len(written))
+	if n, err := unix.Read(int(b.r.Fd()), s.data()); n != len(written) || err != nil {
+		b.t.Fatalf("read %d bytes: %v", n, err)
+	}
+}
+
+// Whether output has been taken out of the pipe is known whatever it looks like, be
+// it a single byte.
+func TestSentinelIsNeverOutput(t *testing.T) {
+	b := newBench(t)
+	s := b.journal.get("c", "stdout")
+	for length := range 2 * sentinelSize {
+		for value := range 256 << max(0, 4-length) { // what is possible by chance happens
+			b.write(strings.Repeat(string([]byte{byte(value)}), length+1))
+			b.expect(s, length+1)
+			if s.arrived() {
+				t.Fatalf("%d bytes of %#x have arrived before they were read", length+1, value)
+			}
+			if n, err := unix.Read(int(b.r.Fd()), s.data()); n != length+1 || err != nil {
+				t.Fatalf("read %d bytes: %v", n, err)
+			}
+			if !s.arrived() {
+				t.Fatalf("%d bytes of %#x have not arrived when they were read", length+1, value)
+			}
+		}
+	}
+}
+
+// kubelet rotates the log while podmon is dead: what it has written half is taken
+// back where it is, and nothing is written twice.
+func TestResumeAfterRotation(t *testing.T) {
+	b := newBench(t)
+	b.append("2026-11-21T02:43:21Z stdout F before\n")
+	s := b.journal.get("c", "stdout")
+	b.take(s, "a\nb\n")
+	s.writing(b.stat())
+	b.append("2026-11-21T02:43:21Z stdout F a\n2026-11-21T02:43:21Z stdo")
+	rotated := filepath.Join(b.dir, "log.20261121-024321")
+	if err := os.Rename(filepath.Join(b.dir, "log"), rotated); err != nil {
+		t.Fatal(err)
+	}
+	o := b.output()
+	if err := o.Resume(filepath.Join(b.dir, "journal")); err != nil {
+		t.Fatal(err)
+	}
+	o.Read()
+	b.w.Close()
+	if err := o.Drain(time.Minute); err != nil {
+		t.Fatal(err)
+	}
+	if old, err := os.ReadFile(rotated); err != nil || string(old) != "2026-11-21T02:43:21Z stdout F before\n" {
+		t.Errorf("rotated log %q, %v", old, err)
+	}
+	if got := b.logged(); got != "stdout F a\nstdout F b\n" {
+		t.Errorf("log %q", got)
 	}
 }
 
