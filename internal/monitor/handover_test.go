@@ -3,8 +3,10 @@ package monitor_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -169,18 +171,46 @@ func TestHungWithFullSocket(t *testing.T) {
 	}
 }
 
-// A broken connection is no reason to kill a podmon.
+// A broken connection is no reason to kill a podmon, nor to be without one: not even
+// when requests have found out first that it is broken.
 func TestConnectionBroken(t *testing.T) {
 	m := newMachine(t)
-	reconnected := m.watchLog("connection to podmon had broken")
 	id, _ := m.start(countForever)
 	ends, _ := m.start("read x; exit 4", func(r *monitor.StartRequest) { r.Stdin = true })
 	before := m.podmons()
-	m.CutConnections()
-	await(t, "reconnection", reconnected)
+	for range 10 {
+		reconnected := m.watchLog("connection to podmon had broken")
+		done := make(chan error)
+		stop := make(chan struct{})
+		go func() {
+			defer close(done)
+			for {
+				select {
+				case <-stop:
+					return
+				case done <- m.ReopenLog(t.Context(), id):
+				}
+			}
+		}()
+		must(t, await(t, "a request before", done))
+		m.CutConnections()
+		await(t, "reconnection", reconnected)
+		must(t, await(t, "a request after", done))
+		close(stop)
+		for err := range done {
+			must(t, err)
+		}
+	}
 	if after := m.podmons(); len(after) != 1 || after[0] != before[0] {
 		t.Errorf("podmons %v, then %v", before, after)
 	}
+	must(t, m.Health())
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	another := m.id()
+	_, err := m.Start(ctx, monitor.StartRequest{ID: another, Spec: m.spec(another, "true"), Discard: true})
+	must(t, err)
+	m.exit(another)
 	must(t, m.CloseStdin(t.Context(), ends))
 	if e := m.exit(ends); e.Code != 4 || !e.Known {
 		t.Errorf("exit %+v, want 4", e)
@@ -190,6 +220,41 @@ func TestConnectionBroken(t *testing.T) {
 		t.Errorf("exit %+v, want 33", e)
 	}
 	checkCounting(t, m.logged(id))
+}
+
+// A podmon that gets next to no CPU is slow, and nothing is won by replacing it.
+func TestStarved(t *testing.T) {
+	skipUnlessV1(t)
+	m := newMachine(t)
+	must(t, m.Close())
+	m.o.PingTimeout = 100 * time.Millisecond
+	m.connect()
+	before := m.podmons()
+	cgroup := filepath.Join("/sys/fs/cgroup/cpu", m.cgroup+"-starved")
+	must(t, os.Mkdir(cgroup, 0o755))
+	t.Cleanup(func() { // before m.clean: then podmon is to have its time again
+		must(t, os.WriteFile("/sys/fs/cgroup/cpu/cgroup.procs", []byte(strconv.Itoa(before[0])), 0))
+		must(t, os.Remove(cgroup))
+	})
+	for file, value := range map[string]string{"cpu.cfs_period_us": "1000000", "cpu.cfs_quota_us": "1000"} {
+		must(t, os.WriteFile(filepath.Join(cgroup, file), []byte(value), 0))
+	}
+	must(t, os.WriteFile(filepath.Join(cgroup, "cgroup.procs"), []byte(strconv.Itoa(before[0])), 0))
+	throttled := func() (n int) {
+		for line := range strings.Lines(readFile(t, filepath.Join(cgroup, "cpu.stat"))) {
+			fmt.Sscanf(line, "nr_throttled %d", &n)
+		}
+		return n
+	}
+	for deadline := time.Now().Add(time.Minute); throttled() < 5; {
+		if time.Now().After(deadline) {
+			t.Fatal("podmon is not starved")
+		}
+		time.Sleep(100 * time.Millisecond)
+		if after := m.podmons(); len(after) != 1 || after[0] != before[0] {
+			t.Fatalf("podmons %v, then %v", before, after)
+		}
+	}
 }
 
 // A daemon that comes with another podmon replaces the one that runs, once.

@@ -305,11 +305,9 @@ func classed(err error) error {
 	return err
 }
 
-// ping asks podmon for a sign of life within limit. The request waits behind
-// others on a full socket, which is no excuse.
-func (l *link) ping(ctx context.Context, limit time.Duration) error {
-	ctx, cancel := context.WithTimeout(ctx, limit)
-	defer cancel()
+// ping asks podmon for a sign of life. The request waits behind others on a full
+// socket, which is no excuse.
+func (l *link) ping(ctx context.Context) error {
 	return l.request(ctx, wire.OpPing, struct{}{}, nil)
 }
 

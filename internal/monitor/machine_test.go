@@ -3,9 +3,13 @@ package monitor_test
 import (
 	"context"
 	"fmt"
+	"io"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -21,6 +25,10 @@ import (
 var podmonBinary string
 
 func TestMain(m *testing.M) {
+	if dir := os.Getenv(guardedDir); dir != "" {
+		guard(dir)
+		return
+	}
 	os.Exit(runTests(m))
 }
 
@@ -28,11 +36,15 @@ func runTests(m *testing.M) int {
 	if os.Geteuid() != 0 {
 		return m.Run()
 	}
-	dir, err := os.MkdirTemp("", "podmon-bin")
+	dir, err := os.MkdirTemp("", "podmon-test")
 	if err != nil {
 		panic(err)
 	}
-	defer os.RemoveAll(dir)
+	// All test directories are in here, and all podmons' run directories.
+	if err := os.Setenv("TMPDIR", dir); err != nil {
+		panic(err)
+	}
+	defer startGuard(dir)()
 	podmonBinary = filepath.Join(dir, "podmon")
 	build := exec.Command("go", "build", "-tags", "seccomp,netgo,osusergo", "-ldflags", "-s -w -extldflags=-static",
 		"-o", podmonBinary, "github.com/podshim/podshim/cmd/podmon")
@@ -42,6 +54,69 @@ func runTests(m *testing.M) int {
 	}
 	return m.Run()
 }
+
+// guardedDir tells this program in its environment that it is the guard of the tests
+// that work in that directory.
+const guardedDir = "PODMON_TEST_GUARD"
+
+// startGuard starts a process that takes down what the tests have made when they are
+// killed or interrupted: podmon and containers are made to outlive whoever starts
+// them. The returned function ends it at the tests' end.
+func startGuard(dir string) (end func()) {
+	cmd := exec.Command("/proc/self/exe")
+	cmd.Env = append(os.Environ(), guardedDir+"="+dir)
+	cmd.Stderr = os.Stderr
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true} // Ctrl-C is not for it
+	open, err := cmd.StdinPipe()
+	if err == nil {
+		err = cmd.Start()
+	}
+	if err != nil {
+		panic(err)
+	}
+	return func() {
+		open.Close()
+		_ = cmd.Wait()
+	}
+}
+
+// guard waits for the end of its parent, however that comes, and takes down what is
+// left: podmons first, so that nothing is started any more, then containers, and files.
+func guard(dir string) {
+	parent := os.Getppid()
+	_, _ = io.Copy(io.Discard, os.Stdin)
+	for _, pid := range podmonsIn(dir) {
+		_ = syscall.Kill(pid, syscall.SIGKILL)
+	}
+	for {
+		left, _ := filepath.Glob(cgroupsOf(parent))
+		if len(left) == 0 {
+			break
+		}
+		for _, root := range left {
+			dirs := []string{}
+			_ = filepath.WalkDir(root, func(path string, e fs.DirEntry, err error) error {
+				if err == nil && e.IsDir() {
+					dirs = append(dirs, path)
+				}
+				return nil
+			})
+			for _, dir := range slices.Backward(dirs) {
+				procs, _ := os.ReadFile(filepath.Join(dir, "cgroup.procs"))
+				for _, pid := range strings.Fields(string(procs)) {
+					if n, err := strconv.Atoi(pid); err == nil && n > 0 {
+						_ = syscall.Kill(n, syscall.SIGKILL)
+					}
+				}
+				_ = os.Remove(dir)
+			}
+		}
+	}
+	_ = os.RemoveAll(dir)
+}
+
+// cgroupsOf matches the cgroups of a test process's containers in all hierarchies.
+func cgroupsOf(pid int) string { return fmt.Sprintf("/sys/fs/cgroup/*/podmon-test-%d-*", pid) }
 
 // machine is a Monitor on directories and cgroups of its own.
 type machine struct {
@@ -145,14 +220,15 @@ func (m *machine) clean() {
 }
 
 // podmons finds the podmons of this test's run directory.
-func (m *machine) podmons() []int {
-	m.t.Helper()
-	var pids []int
+func (m *machine) podmons() []int { return podmonsIn(m.o.RunDir) }
+
+// podmonsIn finds the podmons whose run directory is dir, or in it.
+func podmonsIn(dir string) (pids []int) {
 	cmdlines, _ := filepath.Glob("/proc/[0-9]*/cmdline")
 	for _, path := range cmdlines {
 		b, _ := os.ReadFile(path)
 		args := strings.Split(string(b), "\x00")
-		if len(args) > 3 && args[1] == "serve" && args[2] == m.o.RunDir {
+		if len(args) > 3 && args[1] == "serve" && strings.HasPrefix(args[2]+"/", dir+"/") {
 			var pid int
 			fmt.Sscanf(path, "/proc/%d/", &pid)
 			if !strings.Contains(procStat(pid), ") Z ") {

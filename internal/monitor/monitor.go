@@ -46,10 +46,11 @@ type Options struct {
 	Binary string
 	// SystemdCgroup makes cgroups through systemd instead of cgroupfs.
 	SystemdCgroup bool
-	// PingInterval and PingTimeout say how soon a podmon that does not answer is
-	// replaced. Zero is 5 s and 10 s.
-	PingInterval, PingTimeout time.Duration
-	Log                       *logrus.Entry
+	// PingInterval is between two looks at whether a podmon answers. PingTimeout is
+	// how long one that does nothing may take, PingLimit one that works or waits for
+	// a CPU; it is replaced then. Zero is 2 s, 3 s and 30 s.
+	PingInterval, PingTimeout, PingLimit time.Duration
+	Log                                  *logrus.Entry
 }
 
 // ErrNoExecutable and ErrNotExecutable are in the chain of Start's and Exec's
@@ -109,11 +110,12 @@ type held struct {
 // was started for another cgroup driver, is replaced as Upgrade does. Exits that happened meanwhile are in List
 // and come as Events.
 func New(ctx context.Context, o Options) (_ *Monitor, err error) {
-	if o.PingInterval == 0 {
-		o.PingInterval = 5 * time.Second
-	}
-	if o.PingTimeout == 0 {
-		o.PingTimeout = 10 * time.Second
+	for limit, usual := range map[*time.Duration]time.Duration{
+		&o.PingInterval: 2 * time.Second, &o.PingTimeout: 3 * time.Second, &o.PingLimit: 30 * time.Second,
+	} {
+		if *limit == 0 {
+			*limit = usual
+		}
 	}
 	if o.Log == nil {
 		o.Log = logrus.NewEntry(logrus.StandardLogger())

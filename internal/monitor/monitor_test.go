@@ -178,6 +178,43 @@ func TestSignalDispositions(t *testing.T) {
 	}
 }
 
+// A signal that comes right after the start is not lost in "podmon init", which has
+// still to run hooks and to execute the program.
+func TestSignalBeforeProgram(t *testing.T) {
+	for name, adopted := range map[string]bool{"by the podmon that started it": false, "by another one": true} {
+		t.Run(name, func(t *testing.T) {
+			m := newMachine(t)
+			gate := filepath.Join(m.rootfs, "tmp/gate")
+			must(t, unix.Mkfifo(gate, 0o600))
+			id := m.id()
+			spec := m.spec(id, "sleep", "1000")
+			hostPID(spec) // else the kernel drops what has no handler
+			spec.Hooks = &specs.Hooks{StartContainer: []specs.Hook{{Path: "/bin/sh", Args: []string{"sh", "-c", "read x < /tmp/gate"}}}}
+			_, err := m.Start(t.Context(), monitor.StartRequest{ID: id, Spec: spec, Discard: true})
+			must(t, err)
+			w, err := os.OpenFile(gate, os.O_WRONLY, 0) // returns when the hook is there
+			must(t, err)
+			if adopted {
+				must(t, m.Upgrade(t.Context()))
+			}
+			ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+			defer cancel()
+			if err := m.Signal(ctx, id, unix.SIGUSR1, false); !errors.Is(err, context.DeadlineExceeded) {
+				t.Errorf("signal before the program is there: %v", err)
+			}
+			signalled := make(chan error, 1)
+			go func() { signalled <- m.Signal(t.Context(), id, unix.SIGUSR1, false) }()
+			_, err = io.WriteString(w, "go\n")
+			must(t, err)
+			must(t, w.Close())
+			must(t, <-signalled)
+			if e := m.exit(id); e.Code != 128+int32(unix.SIGUSR1) || !e.Known {
+				t.Errorf("exit %+v", e)
+			}
+		})
+	}
+}
+
 func readFile(t testing.TB, path string) string {
 	t.Helper()
 	b, err := os.ReadFile(path)

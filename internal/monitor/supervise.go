@@ -26,8 +26,9 @@ const (
 	// moveAttempts is how often an upgrade offers a container that the old podmon
 	// has let go of.
 	moveAttempts = 10
-	// maxMissed pings in a row are a podmon that hangs.
-	maxMissed = 2
+	// removeLimit is how long removing what nobody can hold may hold others up;
+	// Delete tries again.
+	removeLimit = 10 * time.Second
 )
 
 // reconnect finds the podmons that are alive. The directories of dead ones are
@@ -42,7 +43,7 @@ func (m *Monitor) reconnect(ctx context.Context) error {
 	}
 	for _, e := range entries {
 		dir := filepath.Join(root, e.Name())
-		l, err := m.dialLimited(ctx, e.Name(), dir)
+		l, err := m.dialPatiently(ctx, e.Name(), dir, pidIn(dir))
 		if err == nil {
 			err = m.welcome(ctx, l)
 		}
@@ -66,11 +67,13 @@ func (m *Monitor) reconnect(ctx context.Context) error {
 	return nil
 }
 
-// dialLimited gives up on a podmon that accepts and does not answer.
-func (m *Monitor) dialLimited(ctx context.Context, name, dir string) (*link, error) {
-	ctx, cancel := context.WithTimeout(ctx, m.o.PingTimeout)
-	defer cancel()
-	return dial(ctx, name, dir, m.onExit)
+// dialPatiently gives up on a podmon that accepts and hangs.
+func (m *Monitor) dialPatiently(ctx context.Context, name, dir string, pid int) (l *link, err error) {
+	err = m.expectAnswer(ctx, pid, func(ctx context.Context) error {
+		l, err = dial(ctx, name, dir, m.onExit)
+		return err
+	})
+	return l, err
 }
 
 // welcome takes the containers of a podmon over into the Monitor.
@@ -163,7 +166,7 @@ func (m *Monitor) outdated() bool {
 func (m *Monitor) watch(l *link) {
 	tick := time.NewTicker(m.o.PingInterval)
 	defer tick.Stop()
-	missed := 0
+	hangs := false
 	for {
 		select {
 		case <-m.ctx.Done():
@@ -172,7 +175,7 @@ func (m *Monitor) watch(l *link) {
 			if m.ctx.Err() != nil {
 				return // Close dropped the link; podmon stays
 			}
-			if missed < maxMissed && m.redial(l) {
+			if !hangs && m.redial(l) {
 				return
 			}
 			m.discard(l)
@@ -182,12 +185,8 @@ func (m *Monitor) watch(l *link) {
 			if err := trimLog(l.dir); err != nil {
 				m.log.WithField("podmon", l.name).WithError(err).Warn("limit podmon's log")
 			}
-			err := l.ping(m.ctx, m.o.PingTimeout)
-			if err == nil {
-				missed = 0
-				continue
-			}
-			if missed++; missed >= maxMissed && m.ctx.Err() == nil {
+			err := m.expectAnswer(m.ctx, l.Process.PID, l.ping)
+			if hangs = errors.Is(err, errHangs); hangs {
 				m.log.WithField("podmon", l.name).WithError(err).Warn("podmon does not answer")
 				m.unwell(fmt.Errorf("podmon does not answer: %w", err))
 				l.fail()
@@ -199,7 +198,7 @@ func (m *Monitor) watch(l *link) {
 // redial connects again to a podmon whose connection broke while it lives, so that
 // no healthy one is killed. The containers stay where they are.
 func (m *Monitor) redial(l *link) bool {
-	again, err := m.dialLimited(m.ctx, l.name, l.dir)
+	again, err := m.dialPatiently(m.ctx, l.name, l.dir, l.Process.PID)
 	if err != nil {
 		return false
 	}
@@ -234,7 +233,8 @@ func (m *Monitor) redial(l *link) bool {
 	}
 	m.mu.Lock()
 	delete(m.links, l)
-	current := m.current == l
+	// A request that found the link lost may have discarded it already.
+	current := m.current == l || m.current == nil && !again.Retiring
 	m.mu.Unlock()
 	m.admit(again, current)
 	l.close()
@@ -502,7 +502,7 @@ func (m *Monitor) refused(ctx context.Context, to *link, h *held, id string, cau
 		}
 		// Nobody holds anything of it, so nobody could ever tell of its end.
 		log.Error("container cannot be taken over; removing it")
-		ctx, cancel := context.WithTimeout(ctx, m.o.PingTimeout)
+		ctx, cancel := context.WithTimeout(ctx, removeLimit)
 		defer cancel()
 		if err := to.request(ctx, wire.OpDelete, wire.Ref{ID: id}, nil); err != nil {
 			log.WithField("because", err).Error("remove container; Delete will try again")

@@ -109,6 +109,8 @@ type Container struct {
 
 	killBy time.Time   // watch's own: when killing leftovers ends
 	killed atomic.Bool // podmon has sent SIGKILL
+	// executed: PID 1 is the container's own program; see awaitProgram.
+	executed atomic.Bool
 
 	mu       sync.Mutex
 	begun    cgroups.Manager // of a start underway, for abort
@@ -294,6 +296,8 @@ func (c *Container) Signal(ctx context.Context, sig syscall.Signal, all bool) er
 	if sig == unix.SIGKILL {
 		c.killed.Store(true)
 		c.expectEnd()
+	} else if err := c.awaitProgram(ctx); err != nil {
+		return fmt.Errorf("signal %d: %w", sig, err)
 	}
 	if all {
 		return c.signalAll(ctx, sig)

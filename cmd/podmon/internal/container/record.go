@@ -8,6 +8,8 @@ import (
 	"os"
 	"path/filepath"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/podshim/podshim/internal/monitor/wire"
 )
 
@@ -29,8 +31,22 @@ type record struct {
 	Discard     bool              `json:"discard,omitempty"`
 	CgroupPaths map[string]string `json:"cgroup_paths,omitempty"`
 	Systemd     bool              `json:"systemd,omitempty"`
+	// Init is the program that PID 1 runs before the container's own.
+	Init fileID `json:"init"`
 	// Process is zero until the container has been started.
 	Process wire.Process `json:"process"`
+}
+
+// fileID identifies a file that is in use.
+type fileID struct {
+	Device uint64 `json:"device"`
+	Inode  uint64 `json:"inode"`
+}
+
+func identifyFile(path string) (fileID, error) {
+	var st unix.Stat_t
+	err := unix.Stat(path, &st)
+	return fileID{st.Dev, st.Ino}, err
 }
 
 func save(dir, name string, v any) error {

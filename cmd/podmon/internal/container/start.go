@@ -134,6 +134,9 @@ func (c *Container) create(r wire.StartRequest) error {
 		Owner: c.m.Owner, LogRoot: r.LogRoot, LogPath: r.LogPath, Discard: r.Discard,
 		Terminal: r.Spec.Process.Terminal, Systemd: c.m.SystemdCgroup, CgroupPaths: state.CgroupPaths,
 	}
+	if c.rec.Init, err = identifyFile("/proc/self/exe"); err != nil {
+		return fmt.Errorf("identify podmon's program: %w", err)
+	}
 	if err := save(c.dir, recordFile, c.rec); err != nil {
 		return fmt.Errorf("record: %w", err)
 	}
