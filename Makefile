@@ -112,6 +112,11 @@ vm: build tools ## test/pod in a Debian VM: cgroup v2 and systemd, where this ma
 	printf "DRIVERS='%s' ARGS='%s'\n" '$(or $(DRIVERS),cgroupfs systemd)' '$(ARGS)' >"$$payload/settings" && \
 	test/vm/run.sh _artifacts/vm "$$payload"
 
+.PHONY: bench
+bench: build tools peers crio images ## podshim beside containerd and CRI-O: times, memory, CPU (ten minutes)
+	@$(need) $(NEED_TEST) igzip=isal
+	@go build -o $(BIN)/bench ./hack/bench && $(BIN)/bench $(ARGS)
+
 .PHONY: lint
 lint: ## gofmt and go vet
 	@unformatted=$$(gofmt -l cmd internal test hack); \
@@ -136,6 +141,13 @@ peers: ## containerd and runc, for comparisons (takes minutes)
 	GOBIN=$(PEERS) go install -tags 'no_btrfs no_devmapper no_zfs' github.com/containerd/containerd/v2/cmd/containerd@v2.4.2
 	GOBIN=$(PEERS) go install -tags 'no_btrfs no_devmapper no_zfs' github.com/containerd/containerd/v2/cmd/containerd-shim-runc-v2@v2.4.2
 	GOBIN=$(PEERS) go install -tags seccomp github.com/opencontainers/runc@v1.5.2
+
+.PHONY: crio
+crio: ## CRI-O at the version of hack/crio, with Debian's conmon (takes minutes)
+	@$(need) $(NEED_BUILD) conmon=conmon /usr/include/gpgme.h=libgpgme-dev /usr/include/assuan.h=libassuan-dev
+	@mkdir -p $(PEERS)
+	cd hack/crio && go build -tags 'containers_image_openpgp exclude_graphdriver_btrfs seccomp' -o $(PEERS)/ github.com/cri-o/cri-o/cmd/crio
+	cd hack/crio && gcc -std=c99 -Os -static -o $(PEERS)/pinns "$$(go list -m -f '{{.Dir}}' github.com/cri-o/cri-o)"/pinns/src/*.c
 
 .PHONY: images
 images: ## Test images from Debian's packages, into _artifacts/images

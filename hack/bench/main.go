@@ -1,196 +1,161 @@
-// Bench drives any number of CRI runtimes with the same work, interleaved pod by
-// pod, and prints the median and the 99th percentile of each step, and the ratio
-// of each runtime's median to the first one's.
+// Bench sets up podshim and the runtimes that it is compared with side by side,
+// gives all of them the same work, pod by pod in turn, and prints what each step
+// took, what memory and CPU time it cost, and the ratio to podshim.
 //
-//	go run ./hack/bench -pods 50 -image IMAGE podshim=unix:///run/podshim/podshim.sock containerd=unix:///run/containerd/containerd.sock
+//	make bench                               everything, in about ten minutes
+//	make bench ARGS=-short                   the same with few pods, to try it
+//	make bench ARGS='-only sequential,pull'  some parts
+//	make bench ARGS='-write docs/performance.md'
 //
-// The image must be pulled already on each of them.
+// Each runtime has a root, a state directory, a socket, a bridge and a cgroup of
+// its own. All use the same CNI configuration and plugins, and pull from one
+// registry on loopback. Everything happens in namespaces of the bench's own:
+// when it ends, or is interrupted, nothing of it is left.
+//
+// Runtimes are compared within one run only. A time by itself says something
+// about the machine, and about what else it was doing.
 package main
 
 import (
 	"context"
+	"errors"
 	"flag"
 	"fmt"
 	"os"
+	"os/signal"
+	"path/filepath"
 	"slices"
 	"strings"
-	"text/tabwriter"
-	"time"
+	"syscall"
 
-	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials/insecure"
-	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+	"golang.org/x/sys/unix"
+
+	"github.com/podshim/podshim/test/enclosure"
+	"github.com/podshim/podshim/test/private"
 )
 
+// options are the flags.
+type options struct {
+	podshim, tools, peers, images string
+	runtimes                      []string
+	only                          []string
+	sizes                         sizes
+	write, log                    string
+}
+
+// sizes say how much of each work there is.
+type sizes struct {
+	pods     int // of each runtime, one after the other
+	batches  int // of pods at a time
+	together int // pods at a time
+	standing int // pods that stay, while memory and lists are measured
+	polls    int // seconds of kubelet-like polling
+	calls    int // of each list and status
+	crowd    int // pods of podshim alone
+	pulls    int // of each image
+}
+
+var (
+	fullSizes  = sizes{pods: 40, batches: 6, together: 6, standing: 100, polls: 20, calls: 40, crowd: 400, pulls: 3}
+	shortSizes = sizes{pods: 5, batches: 1, together: 6, standing: 10, polls: 3, calls: 5, crowd: 20, pulls: 1}
+)
+
+// parts of the work, in their order.
+var parts = []string{"idle", "sequential", "parallel", "standing", "crowd", "pull"}
+
 func main() {
-	pods := flag.Int("pods", 30, "pods to run on each runtime")
-	image := flag.String("image", "registry.k8s.io/e2e-test-images/busybox:1.29-2", "image of the container")
-	hostNetwork := flag.Bool("host-network", false, "pods on the node's network, without CNI")
-	flag.Parse()
-	if err := run(*pods, *image, *hostNetwork, flag.Args()); err != nil {
+	o := parse()
+	if os.Getpid() == 1 {
+		os.Exit(initProcess())
+	}
+	if !enclosure.Inside() {
+		os.Exit(outside(o))
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	defer stop()
+	if err := run(ctx, o); err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(1)
 	}
 }
 
-// peer is one runtime under test.
-type peer struct {
-	name  string
-	rpc   runtime.RuntimeServiceClient
-	times map[string][]time.Duration
+func parse() options {
+	var o options
+	flag.StringVar(&o.podshim, "podshim", "bin/podshim", "podshim executable; podmon lies beside it")
+	flag.StringVar(&o.tools, "tools", "_artifacts/tools", "directory of the CNI plugins")
+	flag.StringVar(&o.peers, "peers", "_artifacts/peers", "directory of containerd, its shim, runc, crio and pinns")
+	flag.StringVar(&o.images, "images", "_artifacts/images", "where built test images are kept")
+	flag.StringVar(&o.write, "write", "", "Markdown file whose part between the bench's marks is to be replaced; the chart goes beside it")
+	flag.StringVar(&o.log, "logs", "_artifacts/bench", "directory for the runtimes' logs")
+	runtimes := flag.String("runtimes", "podshim,containerd,crio", "the runtimes, the first being what the others are compared with")
+	only := flag.String("only", strings.Join(parts, ","), "the parts of the work")
+	short := flag.Bool("short", false, "few pods of everything: to try the bench, not to measure")
+	pods := flag.Int("pods", 0, "pods of each runtime, one after the other; 0 is the default")
+	flag.Parse()
+	o.runtimes, o.only = strings.Split(*runtimes, ","), strings.Split(*only, ",")
+	o.sizes = fullSizes
+	if *short {
+		o.sizes = shortSizes
+	}
+	if *pods > 0 {
+		o.sizes.pods = *pods
+	}
+	for _, part := range o.only {
+		if !slices.Contains(parts, part) {
+			fmt.Fprintf(os.Stderr, "bench: -only %s: the parts are %s\n", part, strings.Join(parts, ", "))
+			os.Exit(2)
+		}
+	}
+	for _, path := range []*string{&o.podshim, &o.tools, &o.peers, &o.images, &o.log} {
+		if abs, err := filepath.Abs(*path); err == nil {
+			*path = abs
+		}
+	}
+	return o
 }
 
-// steps in the order in which they are printed.
-var steps = []string{"RunPodSandbox", "CreateContainer", "StartContainer", "pod up", "ExecSync true", "StopContainer", "RemoveContainer", "StopPodSandbox", "RemovePodSandbox", "pod down"}
+func (o options) does(part string) bool { return slices.Contains(o.only, part) }
 
-func run(pods int, image string, hostNetwork bool, args []string) error {
-	if len(args) == 0 {
-		return fmt.Errorf("name at least one runtime: NAME=unix:///SOCKET")
-	}
-	var peers []*peer
-	for _, arg := range args {
-		name, address, ok := strings.Cut(arg, "=")
-		if !ok {
-			return fmt.Errorf("%q is not NAME=ADDRESS", arg)
-		}
-		conn, err := grpc.NewClient(address, grpc.WithTransportCredentials(insecure.NewCredentials()))
-		if err != nil {
-			return err
-		}
-		defer conn.Close()
-		peers = append(peers, &peer{name: name, rpc: runtime.NewRuntimeServiceClient(conn), times: make(map[string][]time.Duration)})
-	}
-	for i := range pods {
-		for _, p := range peers {
-			if err := p.pod(context.Background(), i, image, hostNetwork); err != nil {
-				return fmt.Errorf("%s, pod %d: %w", p.name, i, err)
-			}
-		}
-	}
-	report(peers)
-	return nil
-}
+// placeEnv tells the process in the namespaces where everything is to be.
+const placeEnv = "PODSHIM_BENCH_PLACE"
 
-// pod runs one pod of one container from its beginning to its end.
-func (p *peer) pod(ctx context.Context, i int, image string, hostNetwork bool) error {
-	ns := &runtime.NamespaceOption{Pid: runtime.NamespaceMode_CONTAINER}
-	if hostNetwork {
-		ns.Network = runtime.NamespaceMode_NODE
-	}
-	name := fmt.Sprintf("bench-%d", i)
-	pod := &runtime.PodSandboxConfig{
-		Metadata: &runtime.PodSandboxMetadata{Name: name, Namespace: "bench", Uid: fmt.Sprintf("%s-%d", name, time.Now().UnixNano())},
-		Linux:    &runtime.LinuxPodSandboxConfig{SecurityContext: &runtime.LinuxSandboxSecurityContext{NamespaceOptions: ns}},
-	}
-	container := &runtime.ContainerConfig{
-		Metadata: &runtime.ContainerMetadata{Name: "c"},
-		Image:    &runtime.ImageSpec{Image: image},
-		Command:  []string{"sleep", "100000"},
-		Linux:    &runtime.LinuxContainerConfig{SecurityContext: &runtime.LinuxContainerSecurityContext{NamespaceOptions: ns}},
-	}
-	var sandboxID, id string
-	up := time.Now()
-	err := p.time("RunPodSandbox", func() error {
-		r, err := p.rpc.RunPodSandbox(ctx, &runtime.RunPodSandboxRequest{Config: pod})
-		sandboxID = r.GetPodSandboxId()
-		return err
-	})
+// outside makes the place of everything, lets the work be done in namespaces, and
+// takes the place away: what was in the namespaces is gone by then, also when the
+// work was interrupted.
+func outside(o options) int {
+	place, err := private.NewPlace("bench")
 	if err != nil {
-		return err
+		fmt.Fprintln(os.Stderr, "bench:", err)
+		return 1
 	}
-	err = p.time("CreateContainer", func() error {
-		r, err := p.rpc.CreateContainer(ctx, &runtime.CreateContainerRequest{PodSandboxId: sandboxID, Config: container, SandboxConfig: pod})
-		id = r.GetContainerId()
-		return err
-	})
-	if err != nil {
-		return err
+	code := enclosure.Enter(unix.CLONE_NEWPID, placeEnv+"="+place.Dir)
+	var errs []error
+	for i := range o.runtimes {
+		errs = append(errs, nth(place, i).Remove())
 	}
-	err = p.time("StartContainer", func() error {
-		_, err := p.rpc.StartContainer(ctx, &runtime.StartContainerRequest{ContainerId: id})
-		return err
-	})
-	if err != nil {
-		return err
+	if err := errors.Join(append(errs, place.Remove())...); err != nil {
+		fmt.Fprintln(os.Stderr, "bench: clean up:", err)
+		return 1
 	}
-	p.add("pod up", time.Since(up))
-	err = p.time("ExecSync true", func() error {
-		r, err := p.rpc.ExecSync(ctx, &runtime.ExecSyncRequest{ContainerId: id, Cmd: []string{"true"}, Timeout: 10})
-		if err == nil && r.GetExitCode() != 0 {
-			err = fmt.Errorf("exec: exit code %d", r.GetExitCode())
-		}
-		return err
-	})
-	if err != nil {
-		return err
-	}
-	down := time.Now()
-	for _, step := range []struct {
-		name string
-		do   func() error
-	}{
-		{"StopContainer", func() error {
-			_, err := p.rpc.StopContainer(ctx, &runtime.StopContainerRequest{ContainerId: id})
-			return err
-		}},
-		{"RemoveContainer", func() error {
-			_, err := p.rpc.RemoveContainer(ctx, &runtime.RemoveContainerRequest{ContainerId: id})
-			return err
-		}},
-		{"StopPodSandbox", func() error {
-			_, err := p.rpc.StopPodSandbox(ctx, &runtime.StopPodSandboxRequest{PodSandboxId: sandboxID})
-			return err
-		}},
-		{"RemovePodSandbox", func() error {
-			_, err := p.rpc.RemovePodSandbox(ctx, &runtime.RemovePodSandboxRequest{PodSandboxId: sandboxID})
-			return err
-		}},
-	} {
-		if err := p.time(step.name, step.do); err != nil {
-			return err
-		}
-	}
-	p.add("pod down", time.Since(down))
-	return nil
+	return code
 }
 
-func (p *peer) time(step string, do func() error) error {
-	start := time.Now()
-	if err := do(); err != nil {
-		return fmt.Errorf("%s: %w", step, err)
-	}
-	p.add(step, time.Since(start))
-	return nil
+// nth is the place of one runtime within that of all. Names of bridges are made
+// of a name's last letters.
+func nth(all *private.Place, i int) *private.Place {
+	return &private.Place{Dir: all.Path(fmt.Sprint(i)), Name: fmt.Sprintf("%s%d", all.Name, i)}
 }
 
-func (p *peer) add(step string, d time.Duration) { p.times[step] = append(p.times[step], d) }
-
-func report(peers []*peer) {
-	w := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', tabwriter.AlignRight)
-	fmt.Fprint(w, "ms\t")
-	for _, p := range peers {
-		fmt.Fprintf(w, "%s p50\tp99\tratio\t", p.name)
+// initProcess is the first process of the PID namespace: it collects what is
+// orphaned there, and ends with the bench itself.
+func initProcess() int {
+	if err := unix.Mount("proc", "/proc", "proc", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, ""); err != nil {
+		fmt.Fprintln(os.Stderr, "bench: mount proc:", err)
+		return 1
 	}
-	fmt.Fprintln(w)
-	for _, step := range steps {
-		fmt.Fprintf(w, "%s\t", step)
-		base := quantile(peers[0].times[step], 0.5)
-		for _, p := range peers {
-			p50 := quantile(p.times[step], 0.5)
-			fmt.Fprintf(w, "%.1f\t%.1f\t%.1f\t", ms(p50), ms(quantile(p.times[step], 0.99)), float64(p50)/float64(base))
-		}
-		fmt.Fprintln(w)
+	code, err := enclosure.Reap()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "bench:", err)
 	}
-	w.Flush()
-}
-
-func ms(d time.Duration) float64 { return float64(d) / float64(time.Millisecond) }
-
-// quantile returns the nearest-rank quantile.
-func quantile(d []time.Duration, q float64) time.Duration {
-	if len(d) == 0 {
-		return 0
-	}
-	sorted := slices.Sorted(slices.Values(d))
-	return sorted[min(int(q*float64(len(sorted))), len(sorted)-1)]
+	return code
 }

@@ -24,20 +24,15 @@ package main
 
 import (
 	"context"
-	"errors"
 	"flag"
 	"fmt"
 	"os"
-	"os/exec"
 	"os/signal"
 	"path/filepath"
 	"syscall"
 	"time"
 
-	"github.com/vishvananda/netlink"
-	"golang.org/x/sys/unix"
-
-	"github.com/podshim/podshim/test/machine"
+	"github.com/podshim/podshim/test/enclosure"
 )
 
 // options are the flags.
@@ -59,13 +54,10 @@ type options struct {
 	verbose    bool
 }
 
-// insideEnv marks the process that is in the namespaces of its own.
-const insideEnv = "PODSHIM_CRITEST_INSIDE"
-
 func main() {
 	o := parse()
-	if os.Getenv(insideEnv) == "" {
-		os.Exit(enter())
+	if !enclosure.Inside() {
+		os.Exit(enclosure.Enter(0))
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
@@ -101,65 +93,4 @@ func parse() options {
 		}
 	}
 	return o
-}
-
-// enter runs this program again in network, mount and IPC namespaces of its
-// own and returns its exit code. The inner process gets signals from here, and
-// its death takes what it started with it.
-func enter() int {
-	self, err := os.Executable()
-	if err != nil {
-		fmt.Fprintln(os.Stderr, "critest:", err)
-		return 1
-	}
-	cmd := exec.Command(self, os.Args[1:]...)
-	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
-	cmd.Env = append(os.Environ(), insideEnv+"=1")
-	cmd.SysProcAttr = &syscall.SysProcAttr{
-		Cloneflags: unix.CLONE_NEWNS | unix.CLONE_NEWNET | unix.CLONE_NEWIPC,
-		Setpgid:    true,
-	}
-	signals := make(chan os.Signal, 1)
-	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM)
-	if err := cmd.Start(); err != nil {
-		fmt.Fprintln(os.Stderr, "critest: enter namespaces (root is needed):", err)
-		return 1
-	}
-	go func() {
-		for sig := range signals {
-			_ = cmd.Process.Signal(sig) // gone already: nothing to stop
-		}
-	}()
-	var exit *exec.ExitError
-	switch err := cmd.Wait(); {
-	case err == nil:
-		return 0
-	case errors.As(err, &exit) && exit.ExitCode() > 0:
-		return exit.ExitCode()
-	default:
-		fmt.Fprintln(os.Stderr, "critest:", err)
-		return 1
-	}
-}
-
-// settle makes the new namespaces look like a host's: loopback up, mounts
-// shared (the mount propagation specs need it) but not with the real host, and
-// this process the parent of everything that gets orphaned.
-func settle() error {
-	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
-		return fmt.Errorf("detach mounts from the host: %w", err)
-	}
-	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_SHARED, ""); err != nil {
-		return fmt.Errorf("share mounts: %w", err)
-	}
-	// /sys shows the network namespace of whoever mounted it; the cgroup mounts
-	// below it must stay, so it is left as it is and only loopback is set up.
-	lo, err := netlink.LinkByName("lo")
-	if err != nil {
-		return fmt.Errorf("find loopback: %w", err)
-	}
-	if err := netlink.LinkSetUp(lo); err != nil {
-		return fmt.Errorf("set loopback up: %w", err)
-	}
-	return machine.Adopt()
 }

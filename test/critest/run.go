@@ -15,8 +15,10 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/podshim/podshim/test/enclosure"
 	"github.com/podshim/podshim/test/images"
 	"github.com/podshim/podshim/test/machine"
+	"github.com/podshim/podshim/test/peer"
 	"github.com/podshim/podshim/test/private"
 )
 
@@ -35,7 +37,7 @@ type runtime interface {
 
 // run does everything inside the namespaces of its own.
 func run(ctx context.Context, o options) error {
-	if err := settle(); err != nil {
+	if err := enclosure.Settle(); err != nil {
 		return err
 	}
 	set, err := images.Build(ctx, o.images)
@@ -142,7 +144,7 @@ func start(ctx context.Context, o options, place *private.Place, log io.Writer) 
 	case "podshim":
 		return place.Start(ctx, config)
 	case "containerd":
-		return startContainerd(ctx, o, place, config)
+		return peer.StartContainerd(ctx, o.peers, place, config, "")
 	}
 	return nil, fmt.Errorf("unknown runtime %q", o.runtime)
 }

@@ -1,0 +1,98 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/podshim/podshim/test/machine"
+)
+
+// enterCgroup moves this process into a child of the named cgroup, in every
+// hierarchy, until leave is called. What it starts meanwhile stays there, with all
+// that starts in turn: by that the CPU time of a runtime is counted.
+func enterCgroup(name string) (leave func() error, err error) {
+	roots, err := machine.CgroupRoots()
+	if err != nil {
+		return nil, err
+	}
+	move := func(path string) error {
+		return os.WriteFile(filepath.Join(path, "cgroup.procs"), []byte("0"), 0)
+	}
+	var left []string
+	for _, root := range roots {
+		dir := filepath.Join(root, name, "runtime")
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			return nil, fmt.Errorf("make cgroup: %w", err)
+		}
+		if strings.HasSuffix(root, "/cpuset") {
+			continue // takes no process before its CPUs are set, and counts nothing
+		}
+		if err := move(dir); err != nil {
+			return nil, fmt.Errorf("enter cgroup: %w", err)
+		}
+		left = append(left, root)
+	}
+	return func() error {
+		var errs []error
+		for _, root := range left {
+			errs = append(errs, move(root))
+		}
+		return errors.Join(errs...)
+	}, nil
+}
+
+// podCgroup makes a pod's cgroup, as kubelet does before it asks for the pod.
+func podCgroup(name string) error {
+	roots, err := machine.CgroupRoots()
+	if err != nil {
+		return err
+	}
+	for _, root := range roots {
+		if strings.HasSuffix(root, "/cpuset") || strings.HasSuffix(root, "/unified") {
+			continue // the runtime makes them
+		}
+		if err := os.MkdirAll(filepath.Join(root, name), 0o755); err != nil {
+			return fmt.Errorf("make the pod's cgroup: %w", err)
+		}
+	}
+	return nil
+}
+
+// removeCgroup removes a pod's cgroup, once the pod is gone. What the runtime has
+// left in it goes with the run.
+func removeCgroup(name string) {
+	roots, _ := machine.CgroupRoots()
+	for _, root := range roots {
+		_ = os.Remove(filepath.Join(root, name))
+	}
+}
+
+// cpu is the CPU time spent in the named cgroup and those below it so far.
+func cpu(name string) (time.Duration, error) {
+	roots, err := machine.CgroupRoots()
+	if err != nil {
+		return 0, err
+	}
+	for _, root := range roots {
+		if text, err := os.ReadFile(filepath.Join(root, name, "cpuacct.usage")); err == nil {
+			ns, err := strconv.ParseInt(strings.TrimSpace(string(text)), 10, 64)
+			return time.Duration(ns), err
+		}
+		text, err := os.ReadFile(filepath.Join(root, name, "cpu.stat"))
+		if err != nil {
+			continue
+		}
+		for line := range strings.Lines(string(text)) {
+			if value, ok := strings.CutPrefix(line, "usage_usec "); ok {
+				us, err := strconv.ParseInt(strings.TrimSpace(value), 10, 64)
+				return time.Duration(us) * time.Microsecond, err
+			}
+		}
+	}
+	return 0, fmt.Errorf("no cgroup %s counts CPU time", name)
+}

@@ -1,0 +1,366 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
+	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+)
+
+// settleTime is what a runtime gets to come to rest before its memory is looked
+// at: garbage collectors return memory late.
+const settleTime = 10 * time.Second
+
+// idle measures runtimes that have pulled an image and run nothing.
+func (b *bench) idle(ctx context.Context) error {
+	return b.memory(ctx, "idle", "memory before the first pod", func(s *subject, bytes int64) float64 {
+		return float64(bytes) / 1e6
+	}, "MB")
+}
+
+func (b *bench) memory(ctx context.Context, section, row string, of func(*subject, int64) float64, unit string) error {
+	if err := sleep(ctx, settleTime); err != nil {
+		return err
+	}
+	for _, s := range b.subjects {
+		bytes, err := s.pss()
+		if err != nil {
+			return err
+		}
+		b.report.add(section, row, unit, s, of(s, bytes))
+	}
+	return nil
+}
+
+// networks the pods of one section are in.
+var networks = []struct {
+	name string
+	host bool
+}{{"bridge network", false}, {"host network", true}}
+
+// sequential runs pods one after the other: up, an exec, and down again. A first
+// one of each runtime is not counted.
+func (b *bench) sequential(ctx context.Context) error {
+	for _, network := range networks {
+		section := "one pod at a time, " + network.name
+		err := b.turns(ctx, b.sizes.pods+1, func(s *subject, turn int) error {
+			p, err := s.newPod(network.host)
+			if err != nil {
+				return err
+			}
+			t := b.report.timer(section, s)
+			if turn == 0 {
+				t = nil
+			}
+			before, err := cpu(s.cgroup)
+			if err != nil {
+				return err
+			}
+			if err := p.up(ctx, t, 1); err != nil {
+				return err
+			}
+			up, err := cpu(s.cgroup)
+			if err != nil {
+				return err
+			}
+			if err := p.exec(ctx, t); err != nil {
+				return err
+			}
+			execed, err := cpu(s.cgroup)
+			if err != nil {
+				return err
+			}
+			if err := p.down(ctx, t); err != nil {
+				return err
+			}
+			down, err := cpu(s.cgroup)
+			if err == nil && turn > 0 {
+				b.report.add(section, "CPU time of a pod up + down", "ms", s, ms(up-before+down-execed))
+				b.report.add(section, "CPU time of an exec", "ms", s, ms(execed-up))
+			}
+			return err
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// parallel runs some pods of one runtime at the same time.
+func (b *bench) parallel(ctx context.Context) error {
+	for _, network := range networks {
+		section := fmt.Sprintf("%d pods at a time, %s", b.sizes.together, network.name)
+		err := b.turns(ctx, b.sizes.batches+1, func(s *subject, turn int) error {
+			pods := make([]*pod, b.sizes.together)
+			for i := range pods {
+				var err error
+				if pods[i], err = s.newPod(network.host); err != nil {
+					return err
+				}
+			}
+			t := b.report.timer(section, s)
+			if turn == 0 {
+				t = nil
+			}
+			for _, phase := range []struct {
+				name string
+				do   func(context.Context, *pod) error
+			}{
+				{"up", func(ctx context.Context, p *pod) error { return p.up(ctx, t.only("pod up"), 1) }},
+				{"down", func(ctx context.Context, p *pod) error { return p.down(ctx, t.only("pod down")) }},
+			} {
+				err := t.time("all pods "+phase.name, func() error {
+					g, ctx := errgroup.WithContext(ctx)
+					for _, p := range pods {
+						g.Go(func() error { return phase.do(ctx, p) })
+					}
+					return g.Wait()
+				})
+				if err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// standing runs many pods of each runtime and looks at what they cost while they
+// stand there.
+func (b *bench) standing(ctx context.Context) error {
+	section := fmt.Sprintf("with %d pods, bridge network", b.sizes.standing)
+	empty := map[*subject]int64{}
+	err := b.memory(ctx, section, "memory before", func(s *subject, bytes int64) float64 {
+		empty[s] = bytes
+		return float64(bytes) / 1e6
+	}, "MB")
+	if err != nil {
+		return err
+	}
+	pods := map[*subject][]*pod{}
+	err = b.turns(ctx, b.sizes.standing, func(s *subject, turn int) error {
+		p, err := s.newPod(false)
+		if err != nil {
+			return err
+		}
+		pods[s] = append(pods[s], p)
+		t := b.report.timer(section, s).only("pod up")
+		if turn < b.sizes.standing/2 {
+			t = nil
+		}
+		return p.up(ctx, t, 1)
+	})
+	if err != nil {
+		return err
+	}
+	err = b.memory(ctx, section, "memory per pod", func(s *subject, bytes int64) float64 {
+		return float64(bytes-empty[s]) / 1e3 / float64(b.sizes.standing)
+	}, "kB")
+	if err != nil {
+		return err
+	}
+	if err := b.lists(ctx, section, b.subjects, pods); err != nil {
+		return err
+	}
+	if err := b.polling(ctx, section); err != nil {
+		return err
+	}
+	err = b.turns(ctx, b.sizes.standing, func(s *subject, turn int) error {
+		p := pods[s][turn]
+		if err := p.exec(ctx, b.report.timer(section, s)); err != nil {
+			return err
+		}
+		return p.down(ctx, b.report.timer(section, s).only("pod down"))
+	})
+	if err != nil {
+		return err
+	}
+	return b.memory(ctx, section, "memory after they are gone", func(_ *subject, bytes int64) float64 {
+		return float64(bytes) / 1e6
+	}, "MB")
+}
+
+// lists times what kubelet asks all the time.
+func (b *bench) lists(ctx context.Context, section string, subjects []*subject, pods map[*subject][]*pod) error {
+	for turn := range b.sizes.calls {
+		for _, s := range subjects {
+			t, p := b.report.timer(section, s), pods[s][turn%len(pods[s])]
+			for _, call := range []struct {
+				name string
+				do   func() error
+			}{
+				{"ContainerStatus", func() error {
+					_, err := s.rpc.ContainerStatus(ctx, &runtime.ContainerStatusRequest{ContainerId: p.ids[0]})
+					return err
+				}},
+				{"PodSandboxStatus", func() error {
+					_, err := s.rpc.PodSandboxStatus(ctx, &runtime.PodSandboxStatusRequest{PodSandboxId: p.sandbox})
+					return err
+				}},
+				{"ListContainers", func() error {
+					r, err := s.rpc.ListContainers(ctx, &runtime.ListContainersRequest{})
+					return errors.Join(err, atLeast(len(r.GetContainers()), len(pods[s])))
+				}},
+				{"ListPodSandbox", func() error {
+					r, err := s.rpc.ListPodSandbox(ctx, &runtime.ListPodSandboxRequest{})
+					return errors.Join(err, atLeast(len(r.GetItems()), len(pods[s])))
+				}},
+				{"ListPodSandboxStats", func() error {
+					r, err := s.rpc.ListPodSandboxStats(ctx, &runtime.ListPodSandboxStatsRequest{})
+					return errors.Join(err, atLeast(len(r.GetStats()), len(pods[s])))
+				}},
+			} {
+				if err := t.time(call.name, call.do); err != nil {
+					return fmt.Errorf("%s: %w", s.name, err)
+				}
+			}
+		}
+	}
+	return nil
+}
+
+func atLeast(got, want int) error {
+	if got < want {
+		return fmt.Errorf("lists %d of %d", got, want)
+	}
+	return nil
+}
+
+// polling has all runtimes asked as kubelet does, and measures the CPU time of
+// that: what runs each second, and what each ten.
+func (b *bench) polling(ctx context.Context, section string) error {
+	before := map[*subject]time.Duration{}
+	for _, s := range b.subjects {
+		var err error
+		if before[s], err = cpu(s.cgroup + "/runtime"); err != nil {
+			return err
+		}
+	}
+	begin := time.Now()
+	for second := range b.sizes.polls {
+		for _, s := range b.subjects {
+			if err := s.poll(ctx, second%10 == 0); err != nil {
+				return fmt.Errorf("%s: %w", s.name, err)
+			}
+		}
+		if err := sleep(ctx, time.Until(begin.Add(time.Duration(second+1)*time.Second))); err != nil {
+			return err
+		}
+	}
+	for _, s := range b.subjects {
+		now, err := cpu(s.cgroup + "/runtime")
+		if err != nil {
+			return err
+		}
+		b.report.add(section, "CPU time a second, idle under kubelet's polling", "ms", s,
+			ms(now-before[s])/time.Since(begin).Seconds())
+	}
+	return nil
+}
+
+func (s *subject) poll(ctx context.Context, tenth bool) error {
+	_, err := s.rpc.ListPodSandbox(ctx, &runtime.ListPodSandboxRequest{})
+	if err == nil {
+		_, err = s.rpc.ListContainers(ctx, &runtime.ListContainersRequest{})
+	}
+	if err == nil && tenth {
+		_, err = s.rpc.ListPodSandboxStats(ctx, &runtime.ListPodSandboxStatsRequest{})
+	}
+	if err == nil && tenth {
+		_, err = s.images.ImageFsInfo(ctx, &runtime.ImageFsInfoRequest{})
+	}
+	if err == nil && tenth {
+		_, err = s.rpc.Status(ctx, &runtime.StatusRequest{})
+	}
+	return err
+}
+
+// crowd runs as many pods of the first runtime as a large node has, of two
+// containers each.
+func (b *bench) crowd(ctx context.Context) error {
+	s := b.subjects[0]
+	section := fmt.Sprintf("%s alone, %d pods of two containers, bridge network", s.name, b.sizes.crowd)
+	var pods []*pod
+	for i := range b.sizes.crowd {
+		p, err := s.newPod(false)
+		if err != nil {
+			return err
+		}
+		pods = append(pods, p)
+		var t timer
+		switch tenth := max(b.sizes.crowd/40, 1); {
+		case i < tenth:
+			t = b.report.timer(section, s).renamed("pod up", fmt.Sprintf("pod up, the first %d", tenth))
+		case i >= b.sizes.crowd-tenth:
+			t = b.report.timer(section, s).renamed("pod up", fmt.Sprintf("pod up, the last %d", tenth))
+		}
+		if err := p.up(ctx, t, 2); err != nil {
+			return fmt.Errorf("pod %d: %w", i, err)
+		}
+	}
+	if err := b.lists(ctx, section, b.subjects[:1], map[*subject][]*pod{s: pods}); err != nil {
+		return err
+	}
+	bytes, err := s.pss()
+	if err != nil {
+		return err
+	}
+	b.report.add(section, "memory of daemon and podmon", "MB", s, float64(bytes)/1e6)
+	for _, p := range pods {
+		if err := p.down(ctx, b.report.timer(section, s).only("pod down")); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// pull pulls the large images, which no runtime has.
+func (b *bench) pull(ctx context.Context) error {
+	for _, image := range []struct{ name, row string }{
+		{tenLayers, "pull of 300 MB in ten layers"}, {oneLayer, "pull of 300 MB in one layer"},
+	} {
+		err := b.turns(ctx, b.sizes.pulls, func(s *subject, _ int) error {
+			unix.Sync() // what the last one has written is not this one's affair
+			before, err := cpu(s.cgroup)
+			if err != nil {
+				return err
+			}
+			err = b.report.timer("images", s).time(image.row, func() error { return s.pullImage(ctx, image.name) })
+			if err != nil {
+				return err
+			}
+			after, err := cpu(s.cgroup)
+			if err != nil {
+				return err
+			}
+			b.report.add("images", strings.Replace(image.row, "pull", "CPU time of a pull", 1), "ms", s, ms(after-before))
+			_, err = s.images.RemoveImage(ctx, &runtime.RemoveImageRequest{Image: &runtime.ImageSpec{Image: image.name}})
+			return err
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return b.memory(ctx, "images", "memory after the pulls", func(_ *subject, bytes int64) float64 {
+		return float64(bytes) / 1e6
+	}, "MB")
+}
+
+func sleep(ctx context.Context, d time.Duration) error {
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-time.After(d):
+		return nil
+	}
+}
