@@ -11,17 +11,15 @@
 // takes is named for its ID, and one list of idempotent steps (release.go) gives
 // all of it back, whoever has to: a failed Create, Remove, or the next daemon.
 //
-// Locks: a Manager's mu guards its indexes and is never held over I/O. Create,
-// Start, Remove and the note of an exit are serialized by a lock per container.
-// Stop, Exec and Attach hold no lock while they wait; readers take none.
+// Locks and indexes are package roster's: Create, Start, Remove and the note of an
+// exit are serialized by a lock per container. Stop, Exec and Attach hold no lock
+// while they wait; readers take none.
 package container
 
 import (
 	"encoding/json"
 	"fmt"
 	"path/filepath"
-	"sync"
-	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -30,6 +28,7 @@ import (
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/podshim/podshim/internal/monitor"
+	"github.com/podshim/podshim/internal/roster"
 )
 
 // State is a step in a container's life; the zero value is none.
@@ -107,31 +106,9 @@ type Target struct {
 	Process monitor.Process `json:"process"`
 }
 
-// Container is one container.
-type Container struct {
-	record atomic.Pointer[Record]
-	// exited is closed when the container's end has been published, or it is
-	// known never to run.
-	exited chan struct{}
-	once   sync.Once
-}
-
-func newContainer(r *Record) *Container {
-	c := &Container{exited: make(chan struct{})}
-	c.record.Store(r)
-	if r.State == Exited {
-		c.close()
-	}
-	return c
-}
-
-func (c *Container) close() { c.once.Do(func() { close(c.exited) }) }
-
-// Get returns the record as last published.
-func (c *Container) Get() *Record { return c.record.Load() }
-
-// Done is closed when the container has ended.
-func (c *Container) Done() <-chan struct{} { return c.exited }
+// Container is one container. Its Done is closed when its end has been published,
+// or it is known never to run.
+type Container = roster.Entry[Record]
 
 // HasLabels tells whether the container has every label of the selector.
 func (r *Record) HasLabels(selector map[string]string) bool {
@@ -154,11 +131,6 @@ func (r *Record) CurrentResources() *runtime.LinuxContainerResources {
 
 func name(sandboxID string, c *runtime.ContainerConfig) string {
 	return fmt.Sprintf("%s_%s_%d", sandboxID, c.GetMetadata().GetName(), c.GetMetadata().GetAttempt())
-}
-
-func (r *Record) clone() *Record {
-	c := *r
-	return &c
 }
 
 func (r *Record) encode() ([]byte, error) {

@@ -24,7 +24,7 @@ func testManager(t *testing.T) (*Manager, memory) {
 	log := logrus.New()
 	log.SetOutput(io.Discard)
 	records := memory{}
-	return &Manager{Config: Config{Records: records, RunDir: t.TempDir(), RootDir: t.TempDir(), Log: logrus.NewEntry(log)}}, records
+	return newManager(Config{Records: records, RunDir: t.TempDir(), RootDir: t.TempDir(), Log: logrus.NewEntry(log)}), records
 }
 
 func TestIllegalMoves(t *testing.T) {
@@ -37,8 +37,8 @@ func TestIllegalMoves(t *testing.T) {
 	states := []State{Creating, Created, Running, Exited}
 	for _, from := range states {
 		for _, to := range states {
-			c := newContainer(&Record{ID: string(from + to), State: from, Config: &runtime.ContainerConfig{}})
-			err := m.transition(c, to, nil)
+			c := m.all.Add(&Record{ID: string(from + to), State: from, Config: &runtime.ContainerConfig{}})
+			err := m.all.Move(c, to, nil)
 			ok := legal[[2]State{from, to}]
 			if ok != (err == nil) {
 				t.Errorf("%s to %s: %v", from, to, err)
@@ -72,7 +72,7 @@ func TestVerdict(t *testing.T) {
 func TestEndIsNotBeforeStart(t *testing.T) {
 	m, _ := testManager(t)
 	start := time.Now()
-	c := newContainer(&Record{ID: "c", State: Running, StartedAt: start, Config: &runtime.ContainerConfig{}})
+	c := m.all.Add(&Record{ID: "c", State: Running, StartedAt: start, Config: &runtime.ContainerConfig{}})
 	if err := m.exited(c, monitor.Exit{Known: true, At: start.Add(-time.Millisecond)}, ""); err != nil {
 		t.Fatal(err)
 	}

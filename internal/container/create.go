@@ -25,7 +25,6 @@ import (
 	"github.com/podshim/podshim/internal/sandbox"
 	"github.com/podshim/podshim/internal/spec"
 	"github.com/podshim/podshim/internal/spec/cdi"
-	"github.com/podshim/podshim/internal/state"
 )
 
 // Create makes a container in a sandbox and returns its ID once it can be started.
@@ -105,26 +104,25 @@ func (m *Manager) create(ctx context.Context, s *sandbox.Sandbox, cfg *runtime.C
 	if err != nil || existing != "" {
 		return existing, err
 	}
-	unlock, err := m.ops.Lock(ctx, r.ID)
+	unlock, err := m.all.Lock(ctx, r.ID)
 	if err != nil {
-		m.unreserve(r)
+		m.all.Unreserve(r)
 		return "", err
 	}
 	defer unlock()
-	c := newContainer(r)
 	// In the index before the sandbox is seen to be ready: a sandbox that is
 	// stopped from here on finds the container, or the container finds it stopped.
-	m.index(c)
+	c := m.all.Add(r)
 	pod, err := m.Sandboxes.Pod(s)
 	if err == nil {
-		err = m.update(c, func(*Record) {})
+		err = m.all.Update(c, func(*Record) {})
 	}
 	if err != nil {
-		m.forget(r)
+		m.all.Forget(r)
 		return "", err
 	}
 	if err := m.build(ctx, c, pod, s.Get().Handler, img); err != nil {
-		return "", m.giveUp(ctx, c, err)
+		return "", m.all.GiveUp(ctx, c, err, m.release)
 	}
 	m.log(r).WithField("image", img.ID).Info("container is created")
 	return r.ID, nil
@@ -193,7 +191,7 @@ func (m *Manager) build(ctx context.Context, c *Container, pod spec.Pod, handler
 	if err := m.saveSpec(r.ID, oci); err != nil {
 		return err
 	}
-	return m.transition(c, Created, func(r *Record) {
+	return m.all.Move(c, Created, func(r *Record) {
 		r.CgroupsPath = oci.Linux.CgroupsPath
 		r.User = oci.Process.User
 		r.StopSignal = spec.StopSignal(r.Config, img.Config)
@@ -201,45 +199,14 @@ func (m *Manager) build(ctx context.Context, c *Container, pod spec.Pod, handler
 	})
 }
 
-// giveUp releases what a failed Create has taken and returns its error; what
-// cannot be released now the janitor goes on with.
-func (m *Manager) giveUp(ctx context.Context, c *Container, cause error) error {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), releaseLimit)
-	defer cancel()
-	r := c.Get()
-	err := m.release(ctx, r)
-	if err == nil {
-		err = m.Records.Delete(state.Containers, r.ID)
-	}
-	if err == nil {
-		m.forget(r)
-		c.close()
-		return cause
-	}
-	m.unreserve(r)
-	m.log(r).WithError(err).Error("what a failed container holds is not all released: will be tried again")
-	if uerr := m.transition(c, Exited, func(r *Record) { r.Failed, r.Message = true, cause.Error() }); uerr != nil {
-		m.log(r).WithError(uerr).Error("record of a failed container")
-	}
-	m.janitor.Wake()
-	return cause
-}
-
 // reserve takes the record's name. The ID of the container that has it is
 // returned if that is what the caller asks for.
 func (m *Manager) reserve(r *Record) (existing string, err error) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	holder, taken := m.names[r.Name]
-	if !taken {
-		m.names[r.Name] = r.ID
-		return "", nil
-	}
-	if c := m.byID[holder]; c != nil {
-		old := c.Get()
-		if old.State == Created && old.ImageID == r.ImageID && proto.Equal(essence(old.Config), essence(r.Config)) {
-			return holder, nil
-		}
+	holder, same := m.all.Reserve(r, func(old *Record) bool {
+		return old.State == Created && old.ImageID == r.ImageID && proto.Equal(essence(old.Config), essence(r.Config))
+	})
+	if holder == "" || same {
+		return holder, nil
 	}
 	md := r.Config.GetMetadata()
 	return "", fmt.Errorf("container %q attempt %d exists in the sandbox as %s: remove that, or count metadata.attempt up: %w",

@@ -13,14 +13,12 @@ import (
 // Exited takes note that a container has ended, and gives back what only a
 // running one needs. It waits for the operation that runs on the container.
 func (m *Manager) Exited(ctx context.Context, e monitor.Event) error {
-	unlock, err := m.ops.Lock(ctx, e.ID)
+	unlock, err := m.all.Lock(ctx, e.ID)
 	if err != nil {
 		return err
 	}
 	defer unlock()
-	m.mu.RLock()
-	c := m.byID[e.ID]
-	m.mu.RUnlock()
+	c := m.all.Exact(e.ID)
 	if c == nil || c.Get().State != Running {
 		return nil // removed, or its Start failed and said so
 	}
@@ -31,7 +29,7 @@ func (m *Manager) Exited(ctx context.Context, e monitor.Event) error {
 // knows the Manager yet.
 func (m *Manager) exited(c *Container, exit monitor.Exit, message string) error {
 	code, reason := verdict(exit)
-	err := m.transition(c, Exited, func(r *Record) {
+	err := m.all.Move(c, Exited, func(r *Record) {
 		r.FinishedAt = exit.At
 		if r.FinishedAt.Before(r.StartedAt) {
 			r.FinishedAt = r.StartedAt

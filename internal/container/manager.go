@@ -2,25 +2,21 @@ package container
 
 import (
 	"context"
-	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
-	"sync"
 	"syscall"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/mount"
-	"github.com/containerd/errdefs"
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"github.com/sirupsen/logrus"
 
 	"github.com/podshim/podshim/internal/flight"
-	"github.com/podshim/podshim/internal/ids"
 	"github.com/podshim/podshim/internal/image"
 	"github.com/podshim/podshim/internal/janitor"
-	"github.com/podshim/podshim/internal/keylock"
 	"github.com/podshim/podshim/internal/monitor"
+	"github.com/podshim/podshim/internal/roster"
 	"github.com/podshim/podshim/internal/sandbox"
 	"github.com/podshim/podshim/internal/spec"
 	"github.com/podshim/podshim/internal/state"
@@ -62,7 +58,7 @@ type Config struct {
 
 	Host      spec.Host
 	Handlers  map[string]spec.Handler
-	Records   sandbox.Records
+	Records   roster.Records
 	Monitor   Monitor
 	Images    Images
 	Sandboxes *sandbox.Manager
@@ -75,37 +71,47 @@ type Config struct {
 // Manager holds all containers.
 type Manager struct {
 	Config
-
-	ops     keylock.Locker
+	all     *roster.Roster[Record, State]
 	flights flight.Group
-
-	mu        sync.RWMutex // guards what follows
-	byID      map[string]*Container
-	bySandbox map[string]map[string]*Container
-	names     map[string]string // reserved name to ID
-
-	// unreadable are the IDs of records that make no sense: what they stand for
-	// may run, and is nobody else's.
-	unreadable map[string]bool
-
 	janitor *janitor.Janitor
 }
 
+// class is what the roster knows of containers.
+var class = roster.Class[Record, State]{
+	Kind: state.Containers, Noun: "container",
+	Making: Creating, End: Exited, Next: next,
+	Fields: func(r *Record) roster.Fields[State] {
+		return roster.Fields[State]{ID: r.ID, Name: r.Name, State: &r.State, Failed: &r.Failed, Why: &r.Message}
+	},
+	Parent: func(r *Record) string { return r.SandboxID },
+	Shown:  func(r *Record) bool { return r.State != Creating && !r.Failed },
+	Encode: (*Record).encode,
+	Decode: decode,
+	LogFields: func(r *Record) logrus.Fields {
+		return logrus.Fields{"container": r.ID, "sandbox": r.SandboxID, "name": r.Config.GetMetadata().GetName()}
+	},
+}
+
 // NewManager reads the records and compares them with what the monitor runs.
+// Containers whose making was interrupted are released in the background.
 func NewManager(cfg Config) (*Manager, error) {
-	m := &Manager{
-		Config:     cfg,
-		byID:       make(map[string]*Container),
-		bySandbox:  make(map[string]map[string]*Container),
-		names:      make(map[string]string),
-		unreadable: make(map[string]bool),
+	m := newManager(cfg)
+	known := make(map[string]monitor.Status)
+	for _, s := range m.Monitor.List() {
+		known[s.ID] = s
 	}
-	m.flights.Limit = cfg.OperationLimit
-	if err := m.load(); err != nil {
+	if err := m.all.Load(func(c *Container) error { return m.recheck(c, known) }); err != nil {
 		return nil, err
 	}
-	m.janitor = janitor.Start(m.leftovers, m.releaseLeftover)
+	m.janitor = m.all.StartJanitor(func(r *Record) bool { return r.Failed || r.Unended }, m.giveBack)
 	return m, nil
+}
+
+func newManager(cfg Config) *Manager {
+	m := &Manager{Config: cfg}
+	m.flights.Limit = cfg.OperationLimit
+	m.all = roster.New(roster.Config[Record, State]{Class: class, Records: cfg.Records, Changed: cfg.Changed, Log: cfg.Log})
+	return m
 }
 
 // Close waits until the operations that run are over, or ctx is: what is cut off
@@ -115,47 +121,21 @@ func (m *Manager) Close(ctx context.Context) error {
 	return m.flights.Wait(ctx)
 }
 
-func (m *Manager) load() error {
-	known := make(map[string]monitor.Status)
-	for _, s := range m.Monitor.List() {
-		known[s.ID] = s
-	}
-	for id, raw := range m.Records.Take(state.Containers) {
-		r, err := decode(raw)
-		if err != nil {
-			m.Log.WithError(err).WithField("container", id).Error("a container's record cannot be read: what it stands for is left alone")
-			m.unreadable[id] = true
-			continue
-		}
-		c := newContainer(r)
-		m.index(c)
-		if !r.Failed && r.State != Creating {
-			m.names[r.Name] = id
-		}
-		if err := m.recheck(c, known); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
 // recheck brings a container up to what happened while no daemon ran.
 func (m *Manager) recheck(c *Container, known map[string]monitor.Status) error {
 	r := c.Get()
 	status, monitored := known[r.ID]
 	switch {
-	case r.State == Creating:
-		return m.update(c, func(r *Record) { r.State, r.Failed = Exited, true })
 	case r.State == Exited && monitored && status.Exit == nil:
 		// Its Start failed, and so did ending what was started.
-		return m.update(c, func(r *Record) { r.Unended = true })
+		return m.all.Update(c, func(r *Record) { r.Unended = true })
 	case r.State == Running && !monitored:
 		return m.exited(c, monitor.Exit{At: time.Now()}, "podshim found no process of it when it started")
 	case r.State == Running && status.Exit != nil:
 		return m.exited(c, *status.Exit, "")
 	case r.State == Created && monitored:
 		// Started, but the daemon was stopped before it could take note.
-		err := m.update(c, func(r *Record) {
+		err := m.all.Update(c, func(r *Record) {
 			r.State, r.Process, r.StartedAt = Running, status.Process, startTime(status.Process)
 		})
 		if err == nil && status.Exit != nil {
@@ -166,94 +146,25 @@ func (m *Manager) recheck(c *Container, known map[string]monitor.Status) error {
 	return nil
 }
 
-func (m *Manager) index(c *Container) {
-	r := c.Get()
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	m.byID[r.ID] = c
-	if m.bySandbox[r.SandboxID] == nil {
-		m.bySandbox[r.SandboxID] = make(map[string]*Container)
-	}
-	m.bySandbox[r.SandboxID][r.ID] = c
-}
-
-// forget removes the container from the indexes and frees its name.
-func (m *Manager) forget(r *Record) {
-	m.unreserve(r)
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	delete(m.byID, r.ID)
-	delete(m.bySandbox[r.SandboxID], r.ID)
-	if len(m.bySandbox[r.SandboxID]) == 0 {
-		delete(m.bySandbox, r.SandboxID)
-	}
-}
-
-func (m *Manager) unreserve(r *Record) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if m.names[r.Name] == r.ID {
-		delete(m.names, r.Name)
-	}
-}
-
-// shown tells whether clients see a container.
-func (c *Container) shown() bool {
-	r := c.Get()
-	return r.State != Creating && !r.Failed
-}
-
 // Get returns the container with this ID or unique prefix of an ID.
 func (m *Manager) Get(id string) (*Container, error) {
-	m.mu.RLock()
-	defer m.mu.RUnlock()
-	return ids.Find(m.byID, id, "container", (*Container).shown)
+	return m.all.Get(id)
 }
 
 // List returns all containers, in no order.
-func (m *Manager) List() []*Record {
-	m.mu.RLock()
-	defer m.mu.RUnlock()
-	all := make([]*Record, 0, len(m.byID))
-	for _, c := range m.byID {
-		if c.shown() {
-			all = append(all, c.Get())
-		}
-	}
-	return all
-}
+func (m *Manager) List() []*Record { return m.all.Visible(m.all.All()) }
 
 // InSandbox returns the containers of a sandbox, newest first: kubelet takes the
 // first of a name for the one that counts.
 func (m *Manager) InSandbox(id string) []*Record {
-	var all []*Record
-	for _, c := range m.ofSandbox(id) {
-		if c.shown() {
-			all = append(all, c.Get())
-		}
-	}
+	all := m.all.Visible(m.all.In(id))
 	slices.SortFunc(all, func(a, b *Record) int { return b.CreatedAt.Compare(a.CreatedAt) })
-	return all
-}
-
-// ofSandbox returns all containers of a sandbox, those being made too.
-func (m *Manager) ofSandbox(id string) []*Container {
-	m.mu.RLock()
-	defer m.mu.RUnlock()
-	all := make([]*Container, 0, len(m.bySandbox[id]))
-	for _, c := range m.bySandbox[id] {
-		all = append(all, c)
-	}
 	return all
 }
 
 // Owns tells whether id is a container, also one that is being made or whose
 // record cannot be read.
-func (m *Manager) Owns(id string) bool {
-	m.mu.RLock()
-	defer m.mu.RUnlock()
-	return m.byID[id] != nil || m.unreadable[id]
-}
+func (m *Manager) Owns(id string) bool { return m.all.Owns(id) }
 
 // next holds every legal move; there is none to Creating.
 var next = map[State][]State{
@@ -262,58 +173,8 @@ var next = map[State][]State{
 	Running:  {Exited},
 }
 
-// transition moves a container on. Its lock is held.
-func (m *Manager) transition(c *Container, to State, edit func(*Record)) error {
-	from := c.Get().State
-	for _, legal := range next[from] {
-		if legal != to {
-			continue
-		}
-		return m.update(c, func(r *Record) {
-			r.State = to
-			if edit != nil {
-				edit(r)
-			}
-		})
-	}
-	return fmt.Errorf("container %s cannot go from %s to %s: %w", c.Get().ID, from, to, errdefs.ErrFailedPrecondition)
-}
-
-// update edits a copy of the record, saves it, and only then publishes it:
-// memory is never ahead of what a restart would find.
-//
-// The one exception is a container's end. That is a fact, not a wish, and on a
-// full disk too it must be seen. A restart finds it out again, from podmon.
-func (m *Manager) update(c *Container, edit func(*Record)) error {
-	before := c.Get()
-	after := before.clone()
-	edit(after)
-	raw, err := after.encode()
-	if err == nil {
-		err = m.Records.Put(state.Containers, after.ID, raw)
-	}
-	if err != nil && after.State != Exited {
-		return err
-	}
-	if err != nil {
-		m.log(after).WithError(err).Error("the end of a container could not be recorded")
-	}
-	c.record.Store(after)
-	if after.State == Exited {
-		c.close()
-	}
-	if m.Changed != nil {
-		m.Changed(before, after)
-	}
-	return nil
-}
-
 func (m *Manager) runDir(id string) string  { return filepath.Join(m.RunDir, id) }
 func (m *Manager) rootDir(id string) string { return filepath.Join(m.RootDir, id) }
 func (m *Manager) rootfs(id string) string  { return filepath.Join(m.runDir(id), "rootfs") }
 
-func (m *Manager) log(r *Record) *logrus.Entry {
-	return m.Log.WithFields(logrus.Fields{
-		"container": r.ID, "sandbox": r.SandboxID, "name": r.Config.GetMetadata().GetName(),
-	})
-}
+func (m *Manager) log(r *Record) *logrus.Entry { return m.Log.WithFields(class.LogFields(r)) }

@@ -5,24 +5,17 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"time"
 
 	"github.com/containerd/errdefs"
 
 	"github.com/podshim/podshim/internal/flight"
 	"github.com/podshim/podshim/internal/image"
-	"github.com/podshim/podshim/internal/state"
 )
-
-// releaseLimit bounds the release of a failed operation.
-const releaseLimit = 2 * time.Minute
 
 // Remove ends a container if need be, gives back all it holds and forgets it.
 // The gone is success. The log stays: it is kubelet's.
 func (m *Manager) Remove(ctx context.Context, id string) error {
-	m.mu.RLock()
-	c := m.byID[id] // a failed one, which clients do not see, too
-	m.mu.RUnlock()
+	c := m.all.Exact(id) // a failed one, which clients do not see, too
 	if c == nil {
 		var err error
 		if c, err = m.Get(id); errdefs.IsNotFound(err) {
@@ -43,28 +36,20 @@ func (m *Manager) remove(ctx context.Context, c *Container) error {
 		return err
 	}
 	id := c.Get().ID
-	unlock, err := m.ops.Lock(ctx, id)
+	unlock, err := m.all.Lock(ctx, id)
 	if err != nil {
 		return err
 	}
 	defer unlock()
 	r := c.Get()
-	m.mu.RLock()
-	_, known := m.byID[id]
-	m.mu.RUnlock()
-	if !known {
+	if m.all.Exact(id) == nil {
 		return nil
 	}
 	if err := m.release(ctx, r); err != nil {
 		return fmt.Errorf("remove container %s: %w", id, err)
 	}
-	if err := m.Records.Delete(state.Containers, id); err != nil {
+	if err := m.all.Drop(c); err != nil {
 		return err
-	}
-	m.forget(r)
-	c.close()
-	if m.Changed != nil {
-		m.Changed(r, nil)
 	}
 	m.log(r).Info("container is removed")
 	return nil
@@ -105,40 +90,12 @@ func (m *Manager) unmountRoot(r *Record) error {
 	return nil
 }
 
-// leftovers are the containers whose making or start failed and that still hold
-// something.
-func (m *Manager) leftovers() []string {
-	m.mu.RLock()
-	defer m.mu.RUnlock()
-	var failed []string
-	for id, c := range m.byID {
-		if r := c.Get(); r.Failed || r.Unended {
-			failed = append(failed, id)
-		}
-	}
-	return failed
-}
-
-// releaseLeftover removes what clients never saw, and ends what they saw fail.
-func (m *Manager) releaseLeftover(ctx context.Context, id string) error {
-	m.mu.RLock()
-	c := m.byID[id]
-	m.mu.RUnlock()
-	if c == nil {
-		return nil
-	}
-	err := m.giveBack(ctx, c)
-	if err != nil && ctx.Err() == nil {
-		m.log(c.Get()).WithError(err).Warn("what a failed container holds is not all released: will be tried again")
-	}
-	return err
-}
-
+// giveBack removes what clients never saw, and ends what they saw fail.
 func (m *Manager) giveBack(ctx context.Context, c *Container) error {
 	if c.Get().Failed {
 		return m.Remove(ctx, c.Get().ID)
 	}
-	unlock, err := m.ops.Lock(ctx, c.Get().ID)
+	unlock, err := m.all.Lock(ctx, c.Get().ID)
 	if err != nil {
 		return err
 	}
@@ -149,5 +106,5 @@ func (m *Manager) giveBack(ctx context.Context, c *Container) error {
 	if err := m.end(ctx, c.Get()); err != nil {
 		return err
 	}
-	return m.update(c, func(r *Record) { r.Unended = false })
+	return m.all.Update(c, func(r *Record) { r.Unended = false })
 }

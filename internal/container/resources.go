@@ -22,7 +22,7 @@ func (m *Manager) UpdateResources(ctx context.Context, id string, want *runtime.
 	if err != nil {
 		return err
 	}
-	unlock, err := m.ops.Lock(ctx, c.Get().ID)
+	unlock, err := m.all.Lock(ctx, c.Get().ID)
 	if err != nil {
 		return err
 	}
@@ -56,7 +56,7 @@ func (m *Manager) UpdateResources(ctx context.Context, id string, want *runtime.
 	if err := m.saveSpec(r.ID, oci); err != nil {
 		return err
 	}
-	return m.update(c, func(r *Record) {
+	return m.all.Update(c, func(r *Record) {
 		r.Resources = merge(r.CurrentResources(), want)
 	})
 }

@@ -9,6 +9,7 @@ import (
 
 	"github.com/podshim/podshim/internal/flight"
 	"github.com/podshim/podshim/internal/monitor"
+	"github.com/podshim/podshim/internal/roster"
 )
 
 // Start runs a created container. One that is running already was started by
@@ -27,7 +28,7 @@ func (m *Manager) Start(ctx context.Context, id string) error {
 
 func (m *Manager) start(ctx context.Context, c *Container) error {
 	r := c.Get()
-	unlock, err := m.ops.Lock(ctx, r.ID)
+	unlock, err := m.all.Lock(ctx, r.ID)
 	if err != nil {
 		return err
 	}
@@ -68,7 +69,7 @@ func (m *Manager) start(ctx context.Context, c *Container) error {
 	if err != nil {
 		return m.startFailed(ctx, c, err)
 	}
-	err = m.transition(c, Running, func(r *Record) {
+	err = m.all.Move(c, Running, func(r *Record) {
 		r.Process, r.StartedAt = p, time.Now()
 	})
 	if err != nil {
@@ -82,12 +83,12 @@ func (m *Manager) start(ctx context.Context, c *Container) error {
 // what the try has taken; what cannot be given back now the janitor goes on with.
 // It returns the cause.
 func (m *Manager) startFailed(ctx context.Context, c *Container, cause error) error {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), releaseLimit)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), roster.ReleaseLimit)
 	defer cancel()
 	r := c.Get()
 	m.log(r).WithError(cause).Warn("container could not be started")
 	ended := m.end(ctx, r)
-	err := m.transition(c, Exited, func(r *Record) {
+	err := m.all.Move(c, Exited, func(r *Record) {
 		r.FinishedAt = time.Now()
 		r.ExitCode = startErrorCode
 		r.Reason = ReasonStartError

@@ -24,7 +24,7 @@ func (m *Manager) Stop(ctx context.Context, id string, grace time.Duration) erro
 		return err
 	}
 	// A Start that is under way ends first.
-	unlock, err := m.ops.Lock(ctx, c.Get().ID)
+	unlock, err := m.all.Lock(ctx, c.Get().ID)
 	if err != nil {
 		return err
 	}
@@ -85,7 +85,7 @@ const killLimit = time.Minute
 
 // abandon ends a container that was never started. Nothing has to be waited for.
 func (m *Manager) abandon(ctx context.Context, c *Container) error {
-	unlock, err := m.ops.Lock(ctx, c.Get().ID)
+	unlock, err := m.all.Lock(ctx, c.Get().ID)
 	if err != nil {
 		return err
 	}
@@ -93,7 +93,7 @@ func (m *Manager) abandon(ctx context.Context, c *Container) error {
 	if c.Get().State != Created {
 		return nil
 	}
-	err = m.transition(c, Exited, func(r *Record) {
+	err = m.all.Move(c, Exited, func(r *Record) {
 		r.FinishedAt = time.Now()
 		r.ExitCode = startErrorCode
 		r.Reason = ReasonStartError
@@ -114,7 +114,7 @@ func (m *Manager) StopPod(ctx context.Context, sandboxID string) error {
 	}
 	id := s.Get().ID
 	var g errgroup.Group
-	for _, c := range m.ofSandbox(id) {
+	for _, c := range m.all.In(id) {
 		g.Go(func() error { return m.stopNow(ctx, c) })
 	}
 	if err := g.Wait(); err != nil {
@@ -126,7 +126,7 @@ func (m *Manager) StopPod(ctx context.Context, sandboxID string) error {
 // stopNow kills a container of a pod that is stopped, once the operation that
 // runs on it is over. One that was not started cannot be any more.
 func (m *Manager) stopNow(ctx context.Context, c *Container) error {
-	unlock, err := m.ops.Lock(ctx, c.Get().ID)
+	unlock, err := m.all.Lock(ctx, c.Get().ID)
 	if err != nil {
 		return err
 	}
@@ -152,7 +152,7 @@ func (m *Manager) RemovePod(ctx context.Context, sandboxID string) error {
 	}
 	id := s.Get().ID
 	var g errgroup.Group
-	for _, c := range m.ofSandbox(id) {
+	for _, c := range m.all.In(id) {
 		g.Go(func() error { return m.Remove(ctx, c.Get().ID) })
 	}
 	if err := g.Wait(); err != nil {

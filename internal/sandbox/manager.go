@@ -2,22 +2,17 @@ package sandbox
 
 import (
 	"context"
-	"fmt"
 	"path/filepath"
-	"sync"
 	"time"
 
-	"github.com/containerd/errdefs"
 	"github.com/opencontainers/runtime-spec/specs-go"
-	"github.com/opencontainers/selinux/go-selinux"
 	"github.com/sirupsen/logrus"
 
 	"github.com/podshim/podshim/internal/cni"
 	"github.com/podshim/podshim/internal/flight"
-	"github.com/podshim/podshim/internal/ids"
 	"github.com/podshim/podshim/internal/janitor"
-	"github.com/podshim/podshim/internal/keylock"
 	"github.com/podshim/podshim/internal/monitor"
+	"github.com/podshim/podshim/internal/roster"
 	"github.com/podshim/podshim/internal/spec"
 	"github.com/podshim/podshim/internal/state"
 )
@@ -44,13 +39,6 @@ type InfraRoot interface {
 	Release(ctx context.Context, sandboxID string) error
 }
 
-// Records keep what must outlive the daemon; *state.Store does.
-type Records interface {
-	Put(kind state.Kind, id string, value []byte) error
-	Delete(kind state.Kind, id string) error
-	Take(kind state.Kind) map[string][]byte
-}
-
 // Config is what a Manager is made of.
 type Config struct {
 	// RunDir holds the pods' /dev/shm, e.g. /run/podshim/sandboxes; RootDir the
@@ -65,7 +53,7 @@ type Config struct {
 
 	Host     spec.Host
 	Handlers map[string]spec.Handler
-	Records  Records
+	Records  roster.Records
 	Monitor  Monitor
 	Network  Network
 	Infra    InfraRoot
@@ -78,35 +66,45 @@ type Config struct {
 // Manager holds all sandboxes.
 type Manager struct {
 	Config
-
-	ops     keylock.Locker
+	all     *roster.Roster[Record, State]
 	flights flight.Group
-
-	mu    sync.RWMutex // guards what follows
-	byID  map[string]*Sandbox
-	names map[string]string // reserved name to ID
-
-	// unreadable are the IDs of records that make no sense: what they stand for
-	// may run, and is nobody else's.
-	unreadable map[string]bool
-
 	janitor *janitor.Janitor
+}
+
+// class is what the roster knows of sandboxes.
+var class = roster.Class[Record, State]{
+	Kind: state.Sandboxes, Noun: "pod sandbox",
+	Making: Creating, End: NotReady, Next: next,
+	Fields: func(r *Record) roster.Fields[State] {
+		return roster.Fields[State]{ID: r.ID, Name: r.Name, State: &r.State, Failed: &r.Failed, Why: &r.Reason}
+	},
+	Shown:     func(r *Record) bool { return r.State != Creating },
+	Encode:    (*Record).encode,
+	Decode:    decode,
+	LogFields: func(r *Record) logrus.Fields { return logrus.Fields{"pod": r.Name, "sandbox": r.ID} },
 }
 
 // NewManager reads the records and compares them with what the monitor still
 // runs. Sandboxes whose making was interrupted are released in the background.
 func NewManager(cfg Config) (*Manager, error) {
-	m := &Manager{
-		Config:     cfg,
-		byID:       make(map[string]*Sandbox),
-		names:      make(map[string]string),
-		unreadable: make(map[string]bool),
-	}
+	m := &Manager{Config: cfg}
 	m.flights.Limit = cfg.OperationLimit
-	if err := m.load(); err != nil {
+	m.all = roster.New(roster.Config[Record, State]{
+		Class: class, Records: cfg.Records, Changed: cfg.Changed, Forgotten: releaseLabels, Log: cfg.Log,
+	})
+	running := make(map[string]monitor.Status)
+	for _, s := range m.Monitor.List() {
+		running[s.ID] = s
+	}
+	if err := m.all.Load(func(s *Sandbox) error { return m.recheck(s, running) }); err != nil {
 		return nil, err
 	}
-	m.janitor = janitor.Start(m.leftovers, m.releaseLeftover)
+	for _, s := range m.all.All() {
+		reserveLabels(s.Get()) // no new pod may get the same ones
+	}
+	m.janitor = m.all.StartJanitor(func(r *Record) bool { return r.Failed }, func(ctx context.Context, s *Sandbox) error {
+		return m.Remove(ctx, s.Get().ID)
+	})
 	return m, nil
 }
 
@@ -117,49 +115,14 @@ func (m *Manager) Close(ctx context.Context) error {
 	return m.flights.Wait(ctx)
 }
 
-func (m *Manager) load() error {
-	running := make(map[string]monitor.Status)
-	for _, s := range m.Monitor.List() {
-		running[s.ID] = s
-	}
-	for id, raw := range m.Records.Take(state.Sandboxes) {
-		r, err := decode(raw)
-		if err != nil {
-			m.Log.WithError(err).WithField("sandbox", id).Error("a sandbox's record cannot be read: what it stands for is left alone")
-			m.unreadable[id] = true
-			continue
-		}
-		s := newSandbox(r)
-		m.byID[id] = s
-		if !r.Failed && r.State != Creating {
-			m.names[r.Name] = id
-		}
-		switch r.State {
-		case Creating:
-			err = m.update(s, func(r *Record) {
-				r.State, r.Failed, r.Reason = NotReady, true, "podshim was stopped while it made this sandbox"
-			})
-		case Ready:
-			err = m.recheck(s, running)
-		}
-		if err != nil {
-			return err
-		}
-		if r.ProcessLabel != "" {
-			selinux.ReserveLabel(r.ProcessLabel) // no new pod may get the same one
-		}
-	}
-	return nil
-}
-
 // recheck brings a sandbox that was ready up to what happened meanwhile.
 func (m *Manager) recheck(s *Sandbox, running map[string]monitor.Status) error {
 	r := s.Get()
 	status, known := running[r.ID]
-	if known && status.Exit == nil {
+	if r.State != Ready || known && status.Exit == nil {
 		return nil
 	}
-	return m.update(s, func(r *Record) {
+	return m.all.Update(s, func(r *Record) {
 		r.State = NotReady
 		r.Reason = "the infra container ended while podshim was not running"
 		r.InfraExit = status.Exit
@@ -172,31 +135,17 @@ func (m *Manager) recheck(s *Sandbox, running map[string]monitor.Status) error {
 // Get returns the sandbox with this ID or unique prefix of an ID.
 // Sandboxes that are being made are not there yet.
 func (m *Manager) Get(id string) (*Sandbox, error) {
-	m.mu.RLock()
-	defer m.mu.RUnlock()
-	return ids.Find(m.byID, id, "pod sandbox", (*Sandbox).shown)
+	return m.all.Get(id)
 }
 
 // List returns all sandboxes that are ready or not, in no order.
-func (m *Manager) List() []*Record {
-	m.mu.RLock()
-	defer m.mu.RUnlock()
-	all := make([]*Record, 0, len(m.byID))
-	for _, s := range m.byID {
-		if s.shown() {
-			all = append(all, s.Get())
-		}
-	}
-	return all
-}
+func (m *Manager) List() []*Record { return m.all.Visible(m.all.All()) }
 
 // Networked returns the pods whose network is not given back yet, for the CNI
 // plugins to know what of theirs is still in use.
 func (m *Manager) Networked() []cni.Pod {
-	m.mu.RLock()
-	defer m.mu.RUnlock()
 	var pods []cni.Pod
-	for _, s := range m.byID {
+	for _, s := range m.all.All() {
 		r := s.Get()
 		if r.HostNetwork() || r.Released {
 			continue
@@ -210,36 +159,26 @@ func (m *Manager) Networked() []cni.Pod {
 
 // Owns tells whether id is a sandbox, also one that is being made or whose record
 // cannot be read.
-func (m *Manager) Owns(id string) bool {
-	m.mu.RLock()
-	defer m.mu.RUnlock()
-	return m.byID[id] != nil || m.unreadable[id]
-}
+func (m *Manager) Owns(id string) bool { return m.all.Owns(id) }
 
 // Unreadable tells whether there are records that cannot be read: then nobody
 // knows all that the pods of this node hold.
-func (m *Manager) Unreadable() bool {
-	m.mu.RLock()
-	defer m.mu.RUnlock()
-	return len(m.unreadable) > 0
-}
+func (m *Manager) Unreadable() bool { return m.all.Unreadable() }
 
 // Exited takes note that an infra container has ended.
 func (m *Manager) Exited(ctx context.Context, e monitor.Event) error {
-	unlock, err := m.ops.Lock(ctx, e.ID)
+	unlock, err := m.all.Lock(ctx, e.ID)
 	if err != nil {
 		return err
 	}
 	defer unlock()
-	m.mu.RLock()
-	s := m.byID[e.ID]
-	m.mu.RUnlock()
+	s := m.all.Exact(e.ID)
 	if s == nil || s.Get().State != Ready {
 		return nil
 	}
-	m.Log.WithFields(logrus.Fields{"sandbox": e.ID, "pod": s.Get().Name, "code": e.Exit.Code}).
+	m.log(s.Get()).WithField("code", e.Exit.Code).
 		Warn("infra container ended: the pod is not ready")
-	return m.transition(s, NotReady, func(r *Record) {
+	return m.all.Move(s, NotReady, func(r *Record) {
 		r.InfraExit = &e.Exit
 		r.Reason = "the infra container ended"
 	})
@@ -251,48 +190,7 @@ var next = map[State][]State{
 	Ready:    {NotReady},
 }
 
-// transition moves a sandbox on. Its lock is held.
-func (m *Manager) transition(s *Sandbox, to State, edit func(*Record)) error {
-	from := s.Get().State
-	for _, legal := range next[from] {
-		if legal == to {
-			return m.update(s, func(r *Record) {
-				r.State = to
-				if edit != nil {
-					edit(r)
-				}
-			})
-		}
-	}
-	return fmt.Errorf("pod sandbox %s cannot go from %s to %s: %w", s.Get().ID, from, to, errdefs.ErrFailedPrecondition)
-}
-
-// update edits a copy of the record, saves it, and only then publishes it:
-// memory is never ahead of what a restart would find.
-//
-// The one exception is a sandbox's end. That is a fact, not a wish, and on a full
-// disk too a pod must be seen to have ended and be removable. A restart finds it
-// out again, from podmon and by releasing once more.
-func (m *Manager) update(s *Sandbox, edit func(*Record)) error {
-	before := s.Get()
-	after := before.clone()
-	edit(after)
-	raw, err := after.encode()
-	if err == nil {
-		err = m.Records.Put(state.Sandboxes, after.ID, raw)
-	}
-	if err != nil && after.State != NotReady {
-		return err
-	}
-	if err != nil {
-		m.Log.WithError(err).WithField("sandbox", after.ID).Error("the end of a pod sandbox could not be recorded")
-	}
-	s.record.Store(after)
-	if m.Changed != nil {
-		m.Changed(before, after)
-	}
-	return nil
-}
+func (m *Manager) log(r *Record) *logrus.Entry { return m.Log.WithFields(class.LogFields(r)) }
 
 // dir is where the sandbox's own files are; shm where its /dev/shm is mounted.
 // Containers may write to the files, so they are not in the run directory, which

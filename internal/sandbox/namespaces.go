@@ -61,6 +61,13 @@ func labels(r *Record) (process, mount string, err error) {
 	return process, mount, nil
 }
 
+// reserveLabels keeps every other pod from getting the labels of this one.
+func reserveLabels(r *Record) {
+	if r.ProcessLabel != "" {
+		selinux.ReserveLabel(r.ProcessLabel)
+	}
+}
+
 // releaseLabels lets another pod have the labels.
 func releaseLabels(r *Record) {
 	if r.ProcessLabel != "" {

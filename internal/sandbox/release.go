@@ -4,17 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"time"
 
 	"github.com/containerd/errdefs"
-	"github.com/sirupsen/logrus"
 
 	"github.com/podshim/podshim/internal/flight"
-	"github.com/podshim/podshim/internal/state"
 )
-
-// releaseLimit bounds the release of a failed Run.
-const releaseLimit = 2 * time.Minute
 
 // Quiesce makes the sandbox NotReady, so that nothing starts in it any more. The
 // gone is success, and gives nil.
@@ -26,7 +20,7 @@ func (m *Manager) Quiesce(ctx context.Context, id, reason string) (*Sandbox, err
 	if err != nil {
 		return nil, err
 	}
-	unlock, err := m.ops.Lock(ctx, s.Get().ID)
+	unlock, err := m.all.Lock(ctx, s.Get().ID)
 	if err != nil {
 		return nil, err
 	}
@@ -34,7 +28,7 @@ func (m *Manager) Quiesce(ctx context.Context, id, reason string) (*Sandbox, err
 	if s.Get().State != Ready {
 		return s, nil
 	}
-	return s, m.transition(s, NotReady, func(r *Record) { r.Reason = reason })
+	return s, m.all.Move(s, NotReady, func(r *Record) { r.Reason = reason })
 }
 
 // Stop gives back everything that the sandbox holds but its record: the infra
@@ -51,7 +45,7 @@ func (m *Manager) stop(ctx context.Context, id string) error {
 	if err != nil || s == nil {
 		return err
 	}
-	unlock, err := m.ops.Lock(ctx, s.Get().ID)
+	unlock, err := m.all.Lock(ctx, s.Get().ID)
 	if err != nil {
 		return err
 	}
@@ -62,8 +56,8 @@ func (m *Manager) stop(ctx context.Context, id string) error {
 	if err := m.release(ctx, s.Get()); err != nil {
 		return fmt.Errorf("stop pod sandbox %s: %w", s.Get().ID, err)
 	}
-	m.Log.WithFields(logrus.Fields{"pod": s.Get().Name, "sandbox": s.Get().ID}).Info("pod sandbox is stopped")
-	return m.update(s, func(r *Record) { r.Released = true })
+	m.log(s.Get()).Info("pod sandbox is stopped")
+	return m.all.Update(s, func(r *Record) { r.Released = true })
 }
 
 // Remove stops the sandbox and forgets it. Its containers are removed before.
@@ -86,7 +80,7 @@ func (m *Manager) remove(ctx context.Context, id string) error {
 	if err := m.stop(ctx, id); err != nil {
 		return err
 	}
-	unlock, err := m.ops.Lock(ctx, id)
+	unlock, err := m.all.Lock(ctx, id)
 	if err != nil {
 		return err
 	}
@@ -103,18 +97,7 @@ func (m *Manager) discard(s *Sandbox) error {
 			return fmt.Errorf("remove pod cgroup: %w", err)
 		}
 	}
-	releaseLabels(r)
-	if err := m.Records.Delete(state.Sandboxes, r.ID); err != nil {
-		return err
-	}
-	m.mu.RLock()
-	_, known := m.byID[r.ID]
-	m.mu.RUnlock()
-	m.forget(r)
-	if known && m.Changed != nil {
-		m.Changed(r, nil)
-	}
-	return nil
+	return m.all.Drop(s)
 }
 
 // release gives back all that a sandbox may hold, whatever of it was taken. It
@@ -155,24 +138,4 @@ func (m *Manager) release(ctx context.Context, r *Record) error {
 		}
 	}
 	return errors.Join(errs...)
-}
-
-// leftovers are the sandboxes of failed and interrupted Runs that still hold
-// something.
-func (m *Manager) leftovers() []string {
-	var failed []string
-	for _, r := range m.List() {
-		if r.Failed {
-			failed = append(failed, r.ID)
-		}
-	}
-	return failed
-}
-
-func (m *Manager) releaseLeftover(ctx context.Context, id string) error {
-	err := m.Remove(ctx, id)
-	if err != nil && ctx.Err() == nil {
-		m.Log.WithError(err).WithField("sandbox", id).Warn("what a failed pod sandbox holds is not all released: will be tried again")
-	}
-	return err
 }

@@ -10,7 +10,6 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
-	"github.com/sirupsen/logrus"
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/protobuf/proto"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -21,7 +20,6 @@ import (
 	"github.com/podshim/podshim/internal/ids"
 	"github.com/podshim/podshim/internal/monitor"
 	"github.com/podshim/podshim/internal/spec"
-	"github.com/podshim/podshim/internal/state"
 )
 
 // Run makes a pod sandbox and returns its ID once it is Ready.
@@ -59,31 +57,27 @@ func (m *Manager) run(ctx context.Context, cfg *runtime.PodSandboxConfig, handle
 	if existing, err := m.reserve(r); err != nil || existing != "" {
 		return existing, err
 	}
-	unlock, err := m.ops.Lock(ctx, r.ID)
+	unlock, err := m.all.Lock(ctx, r.ID)
 	if err != nil {
-		m.forget(r)
+		m.all.Unreserve(r)
 		return "", err
 	}
 	defer unlock()
 
-	s := newSandbox(r)
-	m.mu.Lock()
-	m.byID[r.ID] = s
-	m.mu.Unlock()
-	log := m.Log.WithFields(logrus.Fields{"pod": r.Name, "sandbox": r.ID})
+	s := m.all.Add(r)
 	process, mountLabel, err := labels(r)
 	if err == nil {
-		err = m.update(s, func(r *Record) { r.ProcessLabel, r.MountLabel = process, mountLabel })
+		err = m.all.Update(s, func(r *Record) { r.ProcessLabel, r.MountLabel = process, mountLabel })
 	}
 	if err != nil {
 		releaseLabels(&Record{ProcessLabel: process})
-		m.forget(r)
+		m.all.Forget(r)
 		return "", err
 	}
 	if err := m.build(ctx, s); err != nil {
-		return "", m.giveUp(ctx, s, err)
+		return "", m.all.GiveUp(ctx, s, err, m.release)
 	}
-	log.WithField("ips", s.Get().IPs).Info("pod sandbox is ready")
+	m.log(r).WithField("ips", s.Get().IPs).Info("pod sandbox is ready")
 	return r.ID, nil
 }
 
@@ -132,35 +126,10 @@ func (m *Manager) build(ctx context.Context, s *Sandbox) error {
 	if err := m.writeHosts(r, network.IPs); err != nil {
 		return err
 	}
-	return m.transition(s, Ready, func(r *Record) {
+	return m.all.Move(s, Ready, func(r *Record) {
 		r.Infra = infra
 		r.IPs, r.Interface, r.NetworkResult = network.IPs, network.Interface, network.Raw
 	})
-}
-
-// giveUp releases what a failed Run has taken and returns its error. If even
-// that fails the sandbox stays visible as NotReady, its name is free, and the
-// janitor goes on with it.
-func (m *Manager) giveUp(ctx context.Context, s *Sandbox, cause error) error {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), releaseLimit)
-	defer cancel()
-	r := s.Get()
-	err := m.release(ctx, r)
-	if err == nil {
-		err = m.Records.Delete(state.Sandboxes, r.ID)
-	}
-	if err == nil {
-		releaseLabels(r)
-		m.forget(r)
-		return cause
-	}
-	m.unreserve(r)
-	m.Log.WithError(err).WithField("sandbox", r.ID).Error("what a failed pod sandbox holds is not all released: will be tried again")
-	if uerr := m.transition(s, NotReady, func(r *Record) { r.Failed, r.Reason = true, cause.Error() }); uerr != nil {
-		m.Log.WithError(uerr).WithField("sandbox", r.ID).Error("record of a failed pod sandbox")
-	}
-	m.janitor.Wake()
-	return cause
 }
 
 func (m *Manager) newRecord(cfg *runtime.PodSandboxConfig, handler string) *Record {
@@ -191,39 +160,15 @@ func (m *Manager) newRecord(cfg *runtime.PodSandboxConfig, handler string) *Reco
 // reserve takes the record's name. The ID of the sandbox that has it is
 // returned if that is what the caller asks for.
 func (m *Manager) reserve(r *Record) (existing string, err error) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	holder, taken := m.names[r.Name]
-	if !taken {
-		m.names[r.Name] = r.ID
-		return "", nil
-	}
-	if s := m.byID[holder]; s != nil {
-		old := s.Get()
-		if old.State == Ready && old.Handler == r.Handler && proto.Equal(old.Config, r.Config) {
-			return holder, nil
-		}
+	holder, same := m.all.Reserve(r, func(old *Record) bool {
+		return old.State == Ready && old.Handler == r.Handler && proto.Equal(old.Config, r.Config)
+	})
+	if holder == "" || same {
+		return holder, nil
 	}
 	md := r.Config.GetMetadata()
 	return "", fmt.Errorf("pod sandbox %s/%s (uid %s) attempt %d exists as %s: stop and remove that, or count metadata.attempt up: %w",
 		md.GetNamespace(), md.GetName(), md.GetUid(), md.GetAttempt(), holder, errdefs.ErrAlreadyExists)
-}
-
-// unreserve frees the record's name, if it is still this sandbox's.
-func (m *Manager) unreserve(r *Record) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if m.names[r.Name] == r.ID {
-		delete(m.names, r.Name)
-	}
-}
-
-// forget removes the sandbox from the indexes.
-func (m *Manager) forget(r *Record) {
-	m.unreserve(r)
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	delete(m.byID, r.ID)
 }
 
 func (m *Manager) startInfra(ctx context.Context, r *Record) (monitor.Process, error) {

@@ -14,22 +14,21 @@
 // Stop, a Remove or a crash leaves is given back by one list of idempotent steps
 // (release.go), which may run any number of times.
 //
-// Locks: a Manager's mu guards its indexes and is never held over I/O. Each
-// sandbox's operations are serialized by a lock per ID. Readers take neither:
-// they read the last published record.
+// Locks and indexes are package roster's: each sandbox's operations are serialized
+// by a lock per ID, and readers take none.
 package sandbox
 
 import (
 	"encoding/json"
 	"fmt"
 	"net/netip"
-	"sync/atomic"
 	"time"
 
 	"google.golang.org/protobuf/proto"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/podshim/podshim/internal/monitor"
+	"github.com/podshim/podshim/internal/roster"
 )
 
 // State is a step in a sandbox's life; the zero value is none.
@@ -81,21 +80,7 @@ type Record struct {
 }
 
 // Sandbox is one pod sandbox.
-type Sandbox struct {
-	record atomic.Pointer[Record]
-}
-
-func newSandbox(r *Record) *Sandbox {
-	s := new(Sandbox)
-	s.record.Store(r)
-	return s
-}
-
-// Get returns the record as last published.
-func (s *Sandbox) Get() *Record { return s.record.Load() }
-
-// shown tells whether clients see the sandbox.
-func (s *Sandbox) shown() bool { return s.Get().State != Creating }
+type Sandbox = roster.Entry[Record]
 
 // HostNetwork tells whether the pod has the node's network.
 func (r *Record) HostNetwork() bool {
@@ -123,11 +108,6 @@ func name(c *runtime.PodSandboxConfig) string {
 	m := c.GetMetadata()
 	// A slash is in none of them, so that no two pods can have one name.
 	return fmt.Sprintf("%s/%s/%s/%d", m.GetNamespace(), m.GetName(), m.GetUid(), m.GetAttempt())
-}
-
-func (r *Record) clone() *Record {
-	c := *r
-	return &c
 }
 
 func (r *Record) encode() ([]byte, error) {

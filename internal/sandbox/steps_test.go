@@ -3,7 +3,6 @@ package sandbox
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"net/netip"
 	"os"
@@ -439,8 +438,8 @@ func TestIllegalMoves(t *testing.T) {
 	for _, from := range []State{Creating, Ready, NotReady} {
 		for _, to := range []State{Creating, Ready, NotReady} {
 			legal := from == Creating && to != Creating || from == Ready && to == NotReady
-			s := newSandbox(&Record{ID: fmt.Sprint(from, to), State: from, Config: podConfig("p")})
-			err := m.transition(s, to, nil)
+			s := m.all.Add(&Record{ID: string(from + to), State: from, Config: podConfig("p")})
+			err := m.all.Move(s, to, nil)
 			if legal != (err == nil) {
 				t.Errorf("%s to %s: %v", from, to, err)
 			}
