@@ -17,6 +17,8 @@ import (
 type hierarchy interface {
 	// read measures the cgroup at an absolute path below the hierarchy's root.
 	read(path string) (usage, error)
+	// count reads the same cgroup's files for metrics.
+	count(path string) (*counters, error)
 }
 
 // findHierarchy looks at what is mounted: cgroup2 at /sys/fs/cgroup is v2, else
@@ -31,14 +33,17 @@ func findHierarchy() (hierarchy, error) {
 	if fs.Type == unix.CGROUP2_SUPER_MAGIC {
 		return v2{root: root}, nil
 	}
-	mounts, err := mountinfo.GetMounts(mountinfo.FSTypeFilter("cgroup"))
+	mounts, err := mountinfo.GetMounts(mountinfo.FSTypeFilter("cgroup", "cgroup2"))
 	if err != nil {
 		return nil, fmt.Errorf("read mounts: %w", err)
 	}
 	h := v1{
+		cpu:     controllerMount(mounts, "cpu"),
 		cpuacct: controllerMount(mounts, "cpuacct"),
 		memory:  controllerMount(mounts, "memory"),
 		pids:    controllerMount(mounts, "pids"),
+		blkio:   controllerMount(mounts, "blkio"),
+		unified: unifiedMount(mounts),
 	}
 	if h.cpuacct == "" && h.memory == "" && h.pids == "" {
 		return nil, fmt.Errorf("%w: %w", errNoCgroups, errdefs.ErrFailedPrecondition)
@@ -46,10 +51,21 @@ func findHierarchy() (hierarchy, error) {
 	return h, nil
 }
 
+// unifiedMount is where the hybrid layout has its cgroup2, "" if nowhere.
+// libcontainer puts containers there as well, by the same path.
+func unifiedMount(mounts []*mountinfo.Info) string {
+	for _, m := range mounts {
+		if m.FSType == "cgroup2" {
+			return m.Mountpoint
+		}
+	}
+	return ""
+}
+
 // controllerMount is where a v1 controller is mounted, "" if nowhere.
 func controllerMount(mounts []*mountinfo.Info, controller string) string {
 	for _, m := range mounts {
-		if slices.Contains(strings.Split(m.VFSOptions, ","), controller) {
+		if m.FSType == "cgroup" && slices.Contains(strings.Split(m.VFSOptions, ","), controller) {
 			return m.Mountpoint
 		}
 	}

@@ -9,8 +9,11 @@ import (
 )
 
 const (
-	// layerAge is how old a layer's size may be before it is measured again.
-	layerAge = 10 * time.Second
+	// layerAge is how old a layer's size may be before it is measured again, and
+	// layerShare the part of the time that one layer's measurements may take: a
+	// layer of a million files is measured less often.
+	layerAge   = 10 * time.Second
+	layerShare = 20
 	// layerWait is how long one request waits for measurements, however many
 	// layers it asks for; later requests get what they find.
 	layerWait = 200 * time.Millisecond
@@ -35,7 +38,7 @@ type layers struct {
 
 type layer struct {
 	last    *runtime.FilesystemUsage // nil before the first measurement
-	at      time.Time                // when it began
+	due     time.Time                // when to measure again
 	running chan struct{}            // closed when the measurement under way ends; nil without
 }
 
@@ -60,6 +63,20 @@ func (l *layers) get(ctx context.Context, id string, by time.Time) *runtime.File
 		case <-ctx.Done():
 		}
 	}
+	return l.last(id)
+}
+
+// peek gives the last known size, and has an old one measured anew meanwhile; it
+// waits only for the first of all, and no longer than layerWait.
+func (l *layers) peek(id string) *runtime.FilesystemUsage {
+	running := l.refresh(id)
+	if last := l.last(id); last != nil || running == nil {
+		return last
+	}
+	return l.get(l.ctx, id, time.Now().Add(layerWait))
+}
+
+func (l *layers) last(id string) *runtime.FilesystemUsage {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if one := l.byID[id]; one != nil {
@@ -96,10 +113,9 @@ func (l *layers) refresh(id string) chan struct{} {
 		one = &layer{}
 		l.byID[id] = one
 	}
-	if one.running != nil || l.closed || (!one.at.IsZero() && time.Since(one.at) < layerAge) {
+	if one.running != nil || l.closed || time.Now().Before(one.due) {
 		return one.running
 	}
-	one.at = time.Now()
 	running := make(chan struct{})
 	one.running = running
 	l.done.Go(func() { l.walk(id, one, running) })
@@ -112,9 +128,12 @@ func (l *layers) walk(id string, one *layer, running chan struct{}) {
 	defer close(running)
 	var disk Disk
 	var err error
+	var took time.Duration
 	select {
 	case l.slots <- struct{}{}:
+		start := time.Now()
 		disk, err = l.measure(l.ctx, id)
+		took = time.Since(start)
 		<-l.slots
 	case <-l.ctx.Done():
 		err = l.ctx.Err()
@@ -122,6 +141,7 @@ func (l *layers) walk(id string, one *layer, running chan struct{}) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	one.running = nil
+	one.due = time.Now().Add(max(layerAge, layerShare*took))
 	if err != nil {
 		return
 	}

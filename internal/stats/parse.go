@@ -2,6 +2,7 @@ package stats
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"math"
 	"strconv"
@@ -41,6 +42,8 @@ func parseNumber(raw []byte) (uint64, error) {
 	return strconv.ParseUint(string(raw), 10, 64)
 }
 
+var errMissingKeys = errors.New("the kernel does not tell all the numbers wanted")
+
 // keyed reads a file of "KEY NUMBER" lines and stores the numbers of the keys
 // that into has; one that is missing is an error, not a zero.
 func keyed(dir, name string, into map[string]*uint64) error {
@@ -68,7 +71,7 @@ func keyed(dir, name string, into map[string]*uint64) error {
 		found++
 	}
 	if found < len(into) {
-		return fmt.Errorf("read %s/%s: the kernel tells %d of the %d numbers wanted", dir, name, found, len(into))
+		return fmt.Errorf("read %s/%s: %d of %d: %w", dir, name, found, len(into), errMissingKeys)
 	}
 	return nil
 }

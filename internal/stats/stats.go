@@ -17,7 +17,8 @@
 //     absent without a limit. All of them count children.
 //   - Process count is pids.current: kernel tasks, threads too, which is what
 //     the limit on PIDs counts.
-//   - Pressure (PSI) exists on cgroup v2 only; totals are nanoseconds.
+//   - Pressure (PSI) is told by cgroup2 only, where the hybrid layout's does for
+//     a machine on v1; totals are nanoseconds.
 //   - Every part has the time at which it was read. What the kernel does not
 //     tell is absent, never zero.
 //
@@ -27,7 +28,9 @@
 // # Cost
 //
 // One container costs five to ten small reads below /sys/fs/cgroup, no
-// directory walk and no process list. Writable layers cost a walk of their
+// directory walk and no process list, and two callers within [fresh] share them.
+// Metrics, which Prometheus scrapes now and then, cost more: some twenty reads,
+// and the descriptors of each process. Writable layers cost a walk of their
 // files, so they are measured beside the request and at most every
 // [layerAge]; a large one never holds up an answer for longer than [layerWait].
 package stats
@@ -36,6 +39,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -62,8 +66,10 @@ type Config struct {
 // it holds one CPU sample and one layer size for each ID until Forget.
 type Collector struct {
 	hierarchy hierarchy
+	readings  readings
 	rates     rates
 	layers    *layers // nil without Config.Writable
+	device    string  // of the layers' filesystem
 }
 
 // New finds out how the machine's cgroups are mounted.
@@ -77,6 +83,7 @@ func New(cfg Config) (*Collector, error) {
 	c := &Collector{hierarchy: h}
 	if cfg.Writable != nil {
 		c.layers = newLayers(cfg.Writable, cfg.Mountpoint)
+		c.device = deviceOf(cfg.Mountpoint)
 	}
 	return c, nil
 }
@@ -90,6 +97,7 @@ func (c *Collector) Close() {
 
 // Forget drops what is remembered of a container or pod.
 func (c *Collector) Forget(id string) {
+	c.readings.forget(id)
 	c.rates.forget(id)
 	if c.layers != nil {
 		c.layers.forget(id)
@@ -167,23 +175,23 @@ func (c *Collector) Pod(ctx context.Context, in PodInput) (*runtime.LinuxPodSand
 	return s, nil
 }
 
-// Network reads the counters of all interfaces but lo in a network namespace;
-// the one named defaultName ("" is eth0) is set apart.
+// Network reads the counters of all interfaces but lo in a network namespace.
+// The one named defaultName is set apart ("" is eth0), or the first where none
+// has that name; nil when there is no interface at all: kubelet does not expect
+// usage without a default interface, and crashes (addCRIPodNetworkStats).
 //
 // Errors: errdefs.ErrNotFound without such a namespace.
 func Network(netns, defaultName string) (*runtime.NetworkUsage, error) {
+	counters, err := interfaces(netns)
+	if err != nil || len(counters) == 0 {
+		return nil, err
+	}
 	if defaultName == "" {
 		defaultName = "eth0"
 	}
-	counters, err := cni.Stats(netns)
-	if err != nil {
-		return nil, err
-	}
+	first := max(0, slices.IndexFunc(counters, func(i cni.InterfaceStats) bool { return i.Name == defaultName }))
 	usage := &runtime.NetworkUsage{Timestamp: time.Now().UnixNano()}
-	for _, i := range counters {
-		if i.Name == "lo" {
-			continue
-		}
+	for n, i := range counters {
 		one := &runtime.NetworkInterfaceUsage{
 			Name:     i.Name,
 			RxBytes:  value(i.RxBytes),
@@ -191,13 +199,19 @@ func Network(netns, defaultName string) (*runtime.NetworkUsage, error) {
 			TxBytes:  value(i.TxBytes),
 			TxErrors: value(i.TxErrors),
 		}
-		if i.Name == defaultName {
+		if n == first {
 			usage.DefaultInterface = one
 		} else {
 			usage.Interfaces = append(usage.Interfaces, one)
 		}
 	}
 	return usage, nil
+}
+
+// interfaces are those of a network namespace, without lo.
+func interfaces(netns string) ([]cni.InterfaceStats, error) {
+	all, err := cni.Stats(netns)
+	return slices.DeleteFunc(all, func(i cni.InterfaceStats) bool { return i.Name == "lo" }), err
 }
 
 // usage is what one cgroup tells; nil parts are not known here.
@@ -217,15 +231,14 @@ func (c *Collector) usage(ctx context.Context, id, cgroupPath string) (usage, er
 	if err != nil {
 		return usage{}, err
 	}
-	u, err := c.hierarchy.read(path)
-	if err != nil {
-		return usage{}, err
-	}
-	if u.cpu != nil {
-		at := time.Unix(0, u.cpu.Timestamp)
-		u.cpu.UsageNanoCores = c.rates.observe(id, at, u.cpu.UsageCoreNanoSeconds.Value)
-	}
-	return u, nil
+	return c.readings.of(id, path, func() (usage, error) {
+		u, err := c.hierarchy.read(path)
+		if err == nil && u.cpu != nil {
+			at := time.Unix(0, u.cpu.Timestamp)
+			u.cpu.UsageNanoCores = c.rates.observe(id, at, u.cpu.UsageCoreNanoSeconds.Value)
+		}
+		return u, err
+	})
 }
 
 func value(v uint64) *runtime.UInt64Value { return &runtime.UInt64Value{Value: v} }

@@ -263,6 +263,8 @@ func TestV1AgreesWithTheKernel(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	c.Forget("a") // and what was read a moment ago
+	c.Forget("pod")
 	if s, err := c.Container(t.Context(), ContainerInput{ID: "a", CgroupPath: path}); !errdefs.IsNotFound(err) {
 		t.Errorf("a removed cgroup: %v, %v; want NotFound", s, err)
 	}
@@ -369,6 +371,7 @@ func TestV2BusyProcess(t *testing.T) {
 	if err := os.Remove(filepath.Join(root, path)); err != nil {
 		t.Fatal(err)
 	}
+	c.Forget("x")
 	if _, err := c.Container(t.Context(), ContainerInput{ID: "x", CgroupPath: path}); !errdefs.IsNotFound(err) {
 		t.Errorf("a removed cgroup: %v, want NotFound", err)
 	}
@@ -549,6 +552,22 @@ func TestNetworkOfAPod(t *testing.T) {
 	if after.Timestamp < before.Timestamp {
 		t.Error("timestamps go backwards")
 	}
+	// kubelet crashes on usage without a default interface.
+	if other, err := Network(path, "absent0"); err != nil || other.DefaultInterface == nil || len(other.Interfaces) != 1 {
+		t.Errorf("default interface of another name: %v, %v; want one of the two", other, err)
+	}
+	alone := filepath.Join(dir, "alone")
+	t.Cleanup(func() {
+		if err := cni.Remove(alone); err != nil {
+			t.Error(err)
+		}
+	})
+	if err := cni.NewNetns(alone); err != nil {
+		t.Fatal(err)
+	}
+	if none, err := Network(alone, ""); err != nil || none != nil {
+		t.Errorf("a namespace with lo alone: %v, %v; want nothing", none, err)
+	}
 	if _, err := Network(path+"x", ""); !errdefs.IsNotFound(err) {
 		t.Errorf("no namespace: %v, want NotFound", err)
 	}
@@ -617,11 +636,45 @@ func TestCloseEndsWalks(t *testing.T) {
 	}
 }
 
+// Two callers at a moment share one reading, and a later one gets another.
+func TestReadingsAreShared(t *testing.T) {
+	var r readings
+	reads := 0
+	read := func() (usage, error) {
+		reads++
+		return usage{cpu: &runtime.CpuUsage{Timestamp: int64(reads)}}, nil
+	}
+	ask := func(path string) int64 {
+		u, err := r.of("a", path, read)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return u.cpu.Timestamp
+	}
+	if ask("/a") != 1 || ask("/a") != 1 {
+		t.Error("the second caller had the files read again")
+	}
+	if ask("/b") != 2 {
+		t.Error("another cgroup got the first one's reading")
+	}
+	r.byID["a"].at = time.Now().Add(-fresh)
+	if ask("/b") != 3 {
+		t.Error("an old reading was given again")
+	}
+	if _, err := r.of("b", "/c", func() (usage, error) { return usage{}, errNoCgroups }); !errors.Is(err, errNoCgroups) {
+		t.Errorf("error %v", err)
+	}
+	if u, err := r.of("b", "/c", read); err != nil || u.cpu.Timestamp != 4 {
+		t.Errorf("after an error: %v, %v; want a new reading", u, err)
+	}
+}
+
 func BenchmarkContainerV1(b *testing.B) {
 	c, h := machineV1(b)
 	path, _ := newCgroup(b, h.cpuacct, h.memory, h.pids)
 	b.ReportAllocs()
 	for b.Loop() {
+		c.readings.forget("a") // or all but the first would be shared
 		if _, err := c.Container(b.Context(), ContainerInput{ID: "a", CgroupPath: path}); err != nil {
 			b.Fatal(err)
 		}
@@ -632,6 +685,7 @@ func BenchmarkContainerV2Files(b *testing.B) {
 	c := &Collector{hierarchy: v2{root: "testdata/v2"}}
 	b.ReportAllocs()
 	for b.Loop() {
+		c.readings.forget("a")
 		if _, err := c.Container(b.Context(), ContainerInput{ID: "a", CgroupPath: "kubepods-burstable-pod1.slice:podshim:full"}); err != nil {
 			b.Fatal(err)
 		}

@@ -8,9 +8,10 @@ import (
 )
 
 // v1 holds where the controllers are mounted; "" for one that is not. A cgroup
-// exists in all of them, or has ended.
+// exists in all of cpuacct, memory and pids, or has ended. unified is the hybrid
+// layout's cgroup2, which has no controllers but tells pressure.
 type v1 struct {
-	cpuacct, memory, pids string
+	cpu, cpuacct, memory, pids, blkio, unified string
 }
 
 func (h v1) read(path string) (u usage, err error) {
@@ -25,7 +26,29 @@ func (h v1) read(path string) (u usage, err error) {
 			return usage{}, err
 		}
 	}
-	return u, nil
+	if h.unified != "" {
+		err = u.pressure(filepath.Join(h.unified, path))
+	}
+	return u, err
+}
+
+// pressure adds what a cgroup2 tells of it to the parts that are there.
+func (u *usage) pressure(dir string) (err error) {
+	if u.cpu != nil {
+		if u.cpu.Psi, err = optionalPressure(dir, "cpu.pressure"); err != nil {
+			return err
+		}
+	}
+	if u.memory != nil {
+		if u.memory.Psi, err = optionalPressure(dir, "memory.pressure"); err != nil {
+			return err
+		}
+	}
+	psi, err := optionalPressure(dir, "io.pressure")
+	if psi != nil {
+		u.io = &runtime.IoUsage{Timestamp: time.Now().UnixNano(), Psi: psi}
+	}
+	return err
 }
 
 func (u *usage) v1CPU(dir string) error {

@@ -19,7 +19,7 @@ func (h v2) read(path string) (u usage, err error) {
 	if err := u.v2CPU(dir); err != nil {
 		return usage{}, err // here, and only here, missing means gone
 	}
-	for _, read := range []func(dir string) error{u.v2Memory, u.v2Swap, u.processes, u.v2IO} {
+	for _, read := range []func(dir string) error{u.v2Memory, u.v2Swap, u.processes, u.pressure} {
 		if err := read(dir); err != nil && !gone(err) {
 			return usage{}, err
 		}
@@ -40,9 +40,7 @@ func (u *usage) v2CPU(dir string) error {
 		return err
 	}
 	u.cpu = &runtime.CpuUsage{Timestamp: time.Now().UnixNano(), UsageCoreNanoSeconds: value(micros * 1000)}
-	var err error
-	u.cpu.Psi, err = optionalPressure(dir, "cpu.pressure")
-	return err
+	return nil
 }
 
 func (u *usage) v2Memory(dir string) error {
@@ -64,8 +62,7 @@ func (u *usage) v2Memory(dir string) error {
 		return err
 	}
 	u.memory = m.usage(used, limit)
-	u.memory.Psi, err = optionalPressure(dir, "memory.pressure")
-	return err
+	return nil
 }
 
 func (u *usage) v2Swap(dir string) error {
@@ -78,15 +75,6 @@ func (u *usage) v2Swap(dir string) error {
 		return err
 	}
 	u.swap = swapUsage(used, limit)
-	return nil
-}
-
-func (u *usage) v2IO(dir string) error {
-	psi, err := optionalPressure(dir, "io.pressure")
-	if err != nil || psi == nil {
-		return err
-	}
-	u.io = &runtime.IoUsage{Timestamp: time.Now().UnixNano(), Psi: psi}
 	return nil
 }
 
