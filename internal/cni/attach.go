@@ -92,6 +92,9 @@ func (n *Network) Del(ctx context.Context, pod Pod) error {
 
 // detach does Del's work; the pod's lock is held.
 func (n *Network) detach(ctx context.Context, id string) error {
+	if err := n.awaitOrphans(ctx, id); err != nil {
+		return err
+	}
 	a, err := n.readAttachment(id)
 	if errdefs.IsNotFound(err) {
 		n.setLive(id, false)

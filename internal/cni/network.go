@@ -104,6 +104,8 @@ type Network struct {
 	// live are the pods attached (or being attached) by this process: to GC
 	// they are valid whatever its caller knew when it made its list.
 	live map[string]struct{}
+	// orphans are the plugins of earlier daemons that were not seen to end.
+	orphans orphans
 
 	stop context.CancelFunc
 	done sync.WaitGroup
@@ -131,6 +133,13 @@ func New(cfg Config) (*Network, error) {
 		cni:  libcni.NewCNIConfigWithCacheDir(cfg.BinDirs, cfg.CacheDir, r),
 		live: make(map[string]struct{}),
 	}
+	attached, err := n.attachments()
+	if err != nil {
+		return nil, err
+	}
+	if n.orphans, err = findOrphans(attached); err != nil {
+		return nil, err
+	}
 	ctx, stop := context.WithCancel(context.Background())
 	n.stop = stop
 	w := newWatch(n)
@@ -143,6 +152,9 @@ func New(cfg Config) (*Network, error) {
 func (n *Network) Close() {
 	n.stop()
 	n.done.Wait()
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.orphans.close()
 }
 
 // Status says why pods can get no network, or nil. It tells what the watcher
