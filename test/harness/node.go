@@ -1,6 +1,7 @@
 package harness
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/hex"
@@ -10,6 +11,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -54,6 +57,10 @@ type Options struct {
 	// IPMasq has the bridge plugin masquerade; it makes iptables rules and costs
 	// 100 ms for each pod.
 	IPMasq bool
+	// PluginDirs are searched for CNI plugins before those of Tools.
+	PluginDirs []string
+	// PluginTimeout is how long a CNI plugin may run; "" is 20s.
+	PluginTimeout string
 	// NoPull leaves the image store empty; otherwise Busybox is pulled.
 	NoPull bool
 }
@@ -254,6 +261,10 @@ func (d *daemon) writeConfig() error {
 	if Systemd {
 		driver = "systemd"
 	}
+	var plugins []string
+	for _, dir := range append(slices.Clone(d.opts.PluginDirs), tools) {
+		plugins = append(plugins, strconv.Quote(dir))
+	}
 	conf := fmt.Sprintf(`root = %q
 run = %q
 [log]
@@ -267,16 +278,17 @@ driver = %q
 parent = %q
 [network]
 conf_dir = %q
-bin_dirs = [%q]
+bin_dirs = [%s]
 netns_dir = %q
-plugin_timeout = "20s"
+plugin_timeout = %q
 [image]
 certs_dirs = [%q]
 %s
 [runtime]
 %s
 %s
-`, d.Root, d.RunDir, d.Socket, bin+"/podmon", driver, d.OwnCgroup, d.CNIConf, tools, d.NetnsDir, d.CertsD,
+`, d.Root, d.RunDir, d.Socket, bin+"/podmon", driver, d.OwnCgroup, d.CNIConf, strings.Join(plugins, ", "), d.NetnsDir,
+		cmp.Or(d.opts.PluginTimeout, "20s"), d.CertsD,
 		d.opts.Image, d.opts.Runtime, d.opts.Config)
 	return os.WriteFile(dir(d, "config.toml"), []byte(conf), 0o600)
 }

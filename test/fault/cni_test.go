@@ -1,0 +1,401 @@
+package fault
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/podshim/podshim/test/harness"
+)
+
+// network is a node whose pods get their network from a plugin that breaks where
+// it is told to. Otherwise it is the bridge plugin.
+type network struct {
+	*harness.Node
+	t   *testing.T
+	dir string // of the files that tell the plugin what to do
+}
+
+// faultyPlugin does what the files in its directory say. What goes wrong before the
+// bridge plugin has run has taken nothing, what goes wrong after it an IP, a veth
+// pair and a route.
+const faultyPlugin = `#!/bin/sh
+cd %[1]q
+echo "$CNI_COMMAND $CNI_CONTAINERID" >> calls
+fail() { echo "{\"cniVersion\": \"1.0.0\", \"code\": 100, \"msg\": \"$1\"}"; exit 1; }
+case $CNI_COMMAND in
+ADD)
+	[ ! -e add-fails ] || fail 'told to fail'
+	[ ! -e add-hangs ] || sleep 100000
+	# In the middle: it has the namespace open, and is about to take an IP.
+	exec 9< "$CNI_NETNS"
+	while [ -e add-waits ]; do sleep 0.02; done
+	CNI_NETNS=/proc/$$/fd/9
+	# The IPAM plugin alone, as a plugin that has an IP and then no device.
+	[ ! -e add-takes-ip ] || { %[2]s/host-local > /dev/null; fail 'told to fail with an IP'; }
+	result=$(%[2]s/bridge) || { echo "$result"; exit 1; }
+	[ ! -e add-fails-late ] || fail 'told to fail when all was done'
+	[ ! -e add-hangs-late ] || sleep 100000
+	echo "$result" ;;
+DEL)
+	[ ! -e del-hangs ] || sleep 100000
+	for once in del-fails/*; do rm "$once" 2> /dev/null && fail 'told to fail'; break; done
+	exec %[2]s/bridge ;;
+*)
+	exec %[2]s/bridge ;;
+esac
+`
+
+// startNetwork starts the node; timeout is podshim's plugin_timeout.
+func startNetwork(t *testing.T, timeout string) *network {
+	t.Helper()
+	harness.NeedRoot(t)
+	tools, err := harness.Tools()
+	if err != nil {
+		t.Fatal(err)
+	}
+	w := &network{t: t, dir: t.TempDir()}
+	plugins := t.TempDir()
+	script := fmt.Sprintf(faultyPlugin, w.dir, tools)
+	if err := os.WriteFile(filepath.Join(plugins, "faulty"), []byte(script), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	w.Node = harness.Start(t, harness.Options{PluginDirs: []string{plugins}, PluginTimeout: timeout, NoNetwork: true})
+	w.configure()
+	w.waitReady(true)
+	return w
+}
+
+// configure writes the network's configuration, as an installer does.
+func (w *network) configure() {
+	w.t.Helper()
+	conf := fmt.Sprintf(`{"cniVersion": "1.0.0", "name": %q, "plugins": [
+ {"type": "faulty", "bridge": %q, "isGateway": true,
+  "ipam": {"type": "host-local", "dataDir": %q, "ranges": [[{"subnet": %q}]]}}]}
+`, w.Name, w.Bridge, w.IPAM, w.Subnet)
+	if err := os.MkdirAll(w.CNIConf, 0o755); err != nil {
+		w.t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(w.CNIConf, "10-faulty.conflist"), []byte(conf), 0o600); err != nil {
+		w.t.Fatal(err)
+	}
+}
+
+// tell has the plugin do a thing from now on; the result takes it back.
+func (w *network) tell(what string) (stop func()) {
+	w.t.Helper()
+	path := filepath.Join(w.dir, what)
+	if err := os.WriteFile(path, nil, 0o600); err != nil {
+		w.t.Fatal(err)
+	}
+	return func() {
+		if err := os.Remove(path); err != nil {
+			w.t.Error(err)
+		}
+	}
+}
+
+// failDels has the next DELs fail.
+func (w *network) failDels(count int) {
+	w.t.Helper()
+	if err := os.MkdirAll(filepath.Join(w.dir, "del-fails"), 0o755); err != nil {
+		w.t.Fatal(err)
+	}
+	for i := range count {
+		w.tell(fmt.Sprintf("del-fails/%d", i))
+	}
+}
+
+// calls are the verbs that the plugin was called with.
+func (w *network) calls(verb string) int {
+	raw, _ := os.ReadFile(filepath.Join(w.dir, "calls"))
+	count := 0
+	for line := range strings.Lines(string(raw)) {
+		if strings.HasPrefix(line, verb+" ") {
+			count++
+		}
+	}
+	return count
+}
+
+// ready is NetworkReady of Status.
+func (w *network) ready() (bool, string) {
+	w.t.Helper()
+	answer, err := w.Runtime.Status(w.Context(), &cri.StatusRequest{})
+	if err != nil {
+		w.t.Fatalf("Status: %v", err)
+	}
+	for _, c := range answer.Status.Conditions {
+		if c.Type == "NetworkReady" {
+			return c.Status, c.Message
+		}
+	}
+	w.t.Fatalf("Status tells no NetworkReady: %v", answer)
+	return false, ""
+}
+
+// waitReady returns how long it took until NetworkReady was as wanted.
+func (w *network) waitReady(want bool) time.Duration {
+	w.t.Helper()
+	start := time.Now()
+	asked(w.t, fmt.Sprintf("NetworkReady is %v", want), func() bool {
+		is, _ := w.ready()
+		return is == want
+	})
+	return time.Since(start)
+}
+
+func (w *network) run(ctx context.Context, conf *cri.PodSandboxConfig) (string, error) {
+	answer, err := w.Runtime.RunPodSandbox(ctx, &cri.RunPodSandboxRequest{Config: conf})
+	return answer.GetPodSandboxId(), err
+}
+
+// undisturbed has others use the runtime while f runs: Status is asked all the
+// time, and pods on the node's network come and go. None of it may fail.
+func (w *network) undisturbed(f func()) {
+	w.t.Helper()
+	done := make(chan struct{})
+	var others sync.WaitGroup
+	var slowest time.Duration
+	var statuses, pods int
+	over := func() bool {
+		select {
+		case <-done:
+			return true
+		default:
+			return false
+		}
+	}
+	others.Go(func() {
+		tick := time.NewTicker(20 * time.Millisecond)
+		defer tick.Stop()
+		for ; !over(); <-tick.C {
+			start := time.Now()
+			if _, err := w.Runtime.Status(w.Context(), &cri.StatusRequest{}); err != nil {
+				w.t.Errorf("Status beside a broken network: %v", err)
+			}
+			slowest = max(slowest, time.Since(start))
+			statuses++
+		}
+	})
+	others.Go(func() {
+		for !over() {
+			if err := w.hostPod(); err != nil {
+				w.t.Errorf("a pod on the node's network, beside a broken one: %v", err)
+				return
+			}
+			pods++
+		}
+	})
+	f()
+	close(done)
+	others.Wait()
+	w.t.Logf("meanwhile %d Status, the slowest %v; %d pods on the node's network", statuses, slowest, pods)
+	if slowest > 10*time.Second {
+		w.t.Errorf("Status has waited for a plugin: %v", slowest)
+	}
+}
+
+func (w *network) hostPod() error {
+	id, err := w.run(w.Context(), w.PodConfig(onNode))
+	if err != nil {
+		return err
+	}
+	if _, err := w.Runtime.StopPodSandbox(w.Context(), &cri.StopPodSandboxRequest{PodSandboxId: id}); err != nil {
+		return err
+	}
+	_, err = w.Runtime.RemovePodSandbox(w.Context(), &cri.RemovePodSandboxRequest{PodSandboxId: id})
+	return err
+}
+
+func onNode(conf *cri.PodSandboxConfig) {
+	conf.Linux.SecurityContext.NamespaceOptions.Network = cri.NamespaceMode_NODE
+}
+
+// wantOnly tells what is on the machine now and was not before.
+func (w *network) wantOnly(before []string, when string) {
+	w.t.Helper()
+	for _, line := range lasting(w.Node) {
+		// The first pod makes the network's own files.
+		if !slices.Contains(before, line) && !strings.Contains(line, "last_reserved_ip") {
+			w.t.Errorf("%s there is %s", when, line)
+		}
+	}
+}
+
+// However ADD goes wrong, the pod is not run, the error is the plugin's, nothing of
+// the pod is left, and the same request succeeds once the plugin works.
+func TestNetworkAddGoesWrong(t *testing.T) {
+	w := startNetwork(t, "2s")
+	for _, fault := range []struct{ file, says string }{
+		{"add-fails", "told to fail"},
+		{"add-takes-ip", "told to fail with an IP"},
+		{"add-fails-late", "told to fail when all was done"},
+		{"add-hangs", "no answer in 2s"},
+		{"add-hangs-late", "no answer in 2s"},
+	} {
+		t.Run(fault.file, func(t *testing.T) {
+			w := &network{w.With(t), t, w.dir}
+			before := lasting(w.Node)
+			conf := w.PodConfig()
+			works := w.tell(fault.file)
+			_, err := w.run(w.Context(), conf)
+			if err == nil || !strings.Contains(err.Error(), fault.says) {
+				t.Errorf("RunPodSandbox: %v, want an error that says %q", err, fault.says)
+			}
+			w.wantOnly(before, "after a failed ADD")
+			w.undisturbed(func() {
+				if _, err := w.run(w.Context(), conf); err == nil {
+					t.Error("RunPodSandbox works while ADD does not")
+				}
+			})
+			works()
+			w.RunConfig(conf, "")
+		})
+	}
+}
+
+// While DEL fails, Stop says so, and the address and the namespace stay, which the
+// next DEL needs; when it works all is given back.
+func TestNetworkDelFailsManyTimes(t *testing.T) {
+	w := startNetwork(t, "2s")
+	before := lasting(w.Node)
+	const tries = 20
+	conf := w.PodConfig()
+	p := w.RunConfig(conf, "")
+	infra := p.Infra()
+	stop := func() error {
+		_, err := w.Runtime.StopPodSandbox(w.Context(), &cri.StopPodSandboxRequest{PodSandboxId: p.ID})
+		return err
+	}
+	w.failDels(tries)
+	w.undisturbed(func() {
+		for range tries {
+			if err := stop(); err == nil || !strings.Contains(err.Error(), "told to fail") {
+				t.Errorf("StopPodSandbox while DEL fails: %v", err)
+			}
+			if !held(lasting(w.Node), "network namespace", "podshim-"+p.ID[:16]) || !held(lasting(w.Node), "IP reservation", "") {
+				t.Error("the namespace or the address is gone before DEL has worked")
+			}
+		}
+	})
+	if infra.Alive() {
+		t.Error("the infra container runs on in a stopped pod")
+	}
+	if err := stop(); err != nil {
+		t.Errorf("StopPodSandbox when DEL works: %v", err)
+	}
+	hangs := w.tell("del-hangs")
+	if err := p.StopAndRemove(); err != nil {
+		t.Errorf("a pod whose network is given back needs no DEL: %v", err)
+	}
+	hangs()
+	w.wantOnly(before, "after the pod")
+}
+
+// held tells whether a line of State names the kind and the name.
+func held(state []string, kind, name string) bool {
+	return slices.ContainsFunc(state, func(line string) bool {
+		return strings.HasPrefix(line, kind) && strings.Contains(line, name)
+	})
+}
+
+// A failed ADD whose DEL fails as well does not stand in the way of the same pod's
+// next try, and is given back without anybody asking.
+func TestNetworkFailsBothWays(t *testing.T) {
+	w := startNetwork(t, "2s")
+	before := lasting(w.Node)
+	conf := w.PodConfig()
+	works := w.tell("add-fails-late")
+	w.failDels(3)
+	if _, err := w.run(w.Context(), conf); err == nil {
+		t.Error("RunPodSandbox works while ADD does not")
+	}
+	if !held(lasting(w.Node), "IP reservation", "") {
+		t.Error("the address is gone, whose DEL has failed")
+	}
+	works()
+	p := w.RunConfig(conf, "")
+	if err := p.StopAndRemove(); err != nil {
+		t.Error(err)
+	}
+	asked(t, "what the failed pod holds is given back", func() bool { return !held(lasting(w.Node), "IP reservation", "") })
+	asked(t, "the failed pod is forgotten", func() bool { return !held(lasting(w.Node), "sandbox", "") })
+	w.wantOnly(before, "in the end")
+}
+
+// A plugin that is in the middle of ADD when the daemon is killed goes on. The next
+// daemon must not give back what the plugin is only about to take; one that hangs
+// it ends.
+func TestNetworkAddOutlivesTheDaemon(t *testing.T) {
+	w := startNetwork(t, "2s")
+	for _, fault := range []string{"add-waits", "add-hangs"} {
+		t.Run(fault, func(t *testing.T) {
+			w := &network{w.With(t), t, w.dir}
+			before := lasting(w.Node)
+			conf := w.PodConfig()
+			called := w.calls("ADD")
+			goOn := w.tell(fault)
+			lost := make(chan error, 1)
+			go func() {
+				_, err := w.run(w.Context(), conf)
+				lost <- err
+			}()
+			asked(t, "ADD runs", func() bool { return w.calls("ADD") == called+1 })
+			w.Kill()
+			if err := <-lost; err == nil {
+				t.Error("a call to a killed daemon was answered")
+			}
+			w.Resume()
+			goOn()
+			p := w.RunConfig(conf, "")
+			if err := p.StopAndRemove(); err != nil {
+				t.Error(err)
+			}
+			asked(t, "the pod of the killed daemon is forgotten", func() bool { return !held(lasting(w.Node), "sandbox", "") })
+			w.wantOnly(before, "in the end")
+		})
+	}
+}
+
+// Without a configuration no pod gets a network, Status says so within seconds, and
+// pods that have one can be taken down; when it is back pods run again.
+func TestNetworkConfigurationComesAndGoes(t *testing.T) {
+	w := startNetwork(t, "2s")
+	before := lasting(w.Node)
+	for range times(10, 2) {
+		old := w.RunPod()
+		var gone, back time.Duration
+		conf := w.PodConfig()
+		w.undisturbed(func() {
+			if err := os.RemoveAll(w.CNIConf); err != nil {
+				t.Fatal(err)
+			}
+			gone = w.waitReady(false)
+			if _, why := w.ready(); !strings.Contains(why, w.CNIConf) {
+				t.Errorf("NetworkReady does not name the missing directory: %s", why)
+			}
+			if _, err := w.run(w.Context(), conf); err == nil || !strings.Contains(err.Error(), w.CNIConf) {
+				t.Errorf("RunPodSandbox without a network: %v", err)
+			}
+			if err := old.StopAndRemove(); err != nil {
+				t.Errorf("take a pod down whose network's configuration is gone: %v", err)
+			}
+			w.configure()
+			back = w.waitReady(true)
+		})
+		t.Logf("NetworkReady: false after %v, true after %v", gone, back)
+		if err := w.RunConfig(conf, "").StopAndRemove(); err != nil {
+			t.Error(err)
+		}
+		w.wantOnly(before, "after the pods")
+	}
+}
