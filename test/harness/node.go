@@ -88,8 +88,10 @@ type daemon struct {
 	PodsCgroup, OwnCgroup string
 
 	opts Options
-	conn *grpc.ClientConn
-	logs *os.File
+	// podmon is the monitor's program, once it is not the usual one.
+	podmon string
+	conn   *grpc.ClientConn
+	logs   *os.File
 
 	mu      sync.Mutex
 	process *exec.Cmd

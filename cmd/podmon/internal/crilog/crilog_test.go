@@ -193,6 +193,30 @@ func TestFullDisk(t *testing.T) {
 	l.Write(record, nil) // dropped
 }
 
+// A record that was written in part is taken back, and nothing else is.
+func TestMend(t *testing.T) {
+	whole := stamp + "F whole\n"
+	for content, want := range map[string]string{
+		"": "", whole: whole, whole + stamp: whole, whole + "2": whole, stamp + "P x": "",
+		whole + strings.Repeat("x", 2*maxRecord): whole + strings.Repeat("x", 2*maxRecord),
+	} {
+		path := filepath.Join(t.TempDir(), "log")
+		if err := os.WriteFile(path, []byte(content), 0o640); err != nil {
+			t.Fatal(err)
+		}
+		l, err := Open(filepath.Dir(path), "log")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := errors.Join(l.Mend(), l.Close()); err != nil {
+			t.Error(err)
+		}
+		if got, err := os.ReadFile(path); err != nil || string(got) != want {
+			t.Errorf("%.100q is mended to %.100q, want %.100q", content, got, want)
+		}
+	}
+}
+
 // A log that cannot be opened swallows nothing in silence, and is opened once it can be.
 func TestAwait(t *testing.T) {
 	root := filepath.Join(t.TempDir(), "gone")

@@ -9,6 +9,9 @@ import (
 // a line by their tags: P for all but the last one, which is F.
 const MaxPiece = 16 << 10
 
+// maxRecord is more than a record's length.
+const maxRecord = MaxPiece + 100
+
 // Lines turns one stream's bytes into records:
 //
 //	2026-11-21T02:43:21.123456789Z stdout F a whole line

@@ -8,6 +8,7 @@
 package crilog
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"os"
@@ -178,6 +179,35 @@ func (l *Log) rotated(device, inode uint64) (*os.File, error) {
 		}
 	}
 	return nil, err
+}
+
+// Mend takes back a record that a killed podmon has written in part at the end of
+// this file: what comes next would be taken for the rest of it.
+func (l *Log) Mend() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.f == nil {
+		return nil
+	}
+	st, err := l.f.Stat()
+	if err != nil || st.Size() == 0 {
+		return err
+	}
+	// It is open for writing only.
+	f, err := os.Open(fmt.Sprintf("/proc/self/fd/%d", l.f.Fd()))
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	tail := make([]byte, min(st.Size(), maxRecord))
+	if _, err := f.ReadAt(tail, st.Size()-int64(len(tail))); err != nil {
+		return err
+	}
+	torn := len(tail) - 1 - bytes.LastIndexByte(tail, '\n')
+	if torn == 0 || torn == len(tail) && int64(torn) < st.Size() {
+		return nil // whole, or not a log of ours
+	}
+	return l.f.Truncate(st.Size() - int64(torn))
 }
 
 // confession is the record that says how much was lost.

@@ -104,6 +104,9 @@ func (o *Output) Resume(journal string) error {
 			}
 		}
 	}
+	if err := o.log.Mend(); err != nil { // a terminal's, which is in no journal
+		logrus.WithError(err).WithField("container", o.id).Error("mend log")
+	}
 	return nil
 }
 

@@ -1,0 +1,46 @@
+package fault
+
+import (
+	"testing"
+
+	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/podshim/podshim/test/harness"
+)
+
+// The kernel's OOM killer is told from everything else that ends with 137, however
+// soon it comes; and an end with 0 is none, whatever befell a child.
+func TestOOMKilled(t *testing.T) {
+	harness.NeedRoot(t)
+	n := harness.Start(t, harness.Options{})
+	p := n.RunPod()
+	limited := func(c *cri.ContainerConfig) { c.Linux.Resources.MemoryLimitInBytes = 24 << 20 }
+	const eat = "dd if=/dev/zero of=/dev/null bs=200M count=1"
+	type verdict struct {
+		code   int32
+		reason string
+	}
+	got := map[string]map[verdict]int{}
+	rounds := times(200, 5)
+	for range rounds {
+		for name, script := range map[string]string{
+			"PID 1": "exec " + eat, "a child, then 0": eat + "; exit 0", "a child, then 3": eat + "; exit 3",
+		} {
+			c := p.Shell(script, limited)
+			s := c.WaitExit()
+			if got[name] == nil {
+				got[name] = map[verdict]int{}
+			}
+			got[name][verdict{s.ExitCode, s.Reason}]++
+			c.Remove()
+		}
+	}
+	for name, want := range map[string]verdict{
+		"PID 1": {137, "OOMKilled"}, "a child, then 0": {0, "Completed"}, "a child, then 3": {3, "Error"},
+	} {
+		if got[name][want] != rounds {
+			t.Errorf("%s: %v, want %d times %v", name, got[name], rounds, want)
+		}
+	}
+	figures(t, "%d times each: %v", rounds, got)
+}

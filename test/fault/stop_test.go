@@ -1,0 +1,133 @@
+package fault
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/podshim/podshim/test/harness"
+)
+
+// Stop means stopped: PID 1 ignores SIGTERM and has 200 children in sessions of their
+// own. When the call returns, nothing of them is left.
+func TestStopLeavesNothing(t *testing.T) {
+	harness.NeedRoot(t)
+	n := harness.Start(t, harness.Options{})
+	p := n.RunPod()
+	const children, grace = 200, 2 * time.Second
+	var over []time.Duration
+	for range times(200, 3) {
+		c := p.Shell(fmt.Sprintf("trap '' TERM; for i in $(seq %d); do setsid sleep 100000 & done; echo ready; while :; do sleep 1000; done", children))
+		c.WaitLog("ready")
+		asked(t, "the children run", func() bool { return len(c.Processes()) > children })
+		process := c.Process()
+		began := time.Now()
+		c.Stop(grace)
+		over = append(over, time.Since(began)-grace)
+		if left := c.Processes(); len(left) > 0 {
+			t.Errorf("%d processes are left, such as %v", len(left), left[0])
+		}
+		if process.Alive() {
+			t.Errorf("%v is alive", process)
+		}
+		if s := c.Status(); s.State != cri.ContainerState_CONTAINER_EXITED || s.ExitCode != 137 {
+			t.Errorf("the container is %v with %d, want 137", s.State, s.ExitCode)
+		}
+		if least := over[len(over)-1]; least < 0 {
+			t.Errorf("the grace was cut by %v", -least)
+		}
+		c.Remove()
+	}
+	figures(t, "%d stops of %d processes each, with a grace of %v; they took at most %v longer (median %v)",
+		len(over), children+1, grace, worst(over), median(over))
+}
+
+// Processes that no signal ends, as those in uninterruptible sleep are, delay their own
+// container and nothing else; once they can end, the same call succeeds. A frozen
+// cgroup above the container's, which podmon does not thaw, makes such ones.
+func TestStopOfWhatCannotEnd(t *testing.T) {
+	harness.NeedRoot(t)
+	if harness.CgroupV2() {
+		t.Skip("SKIPPED: SIGKILL ends frozen processes on cgroup v2")
+	}
+	n := harness.Start(t, harness.Options{})
+	other := n.RunPod().Shell(counter(""))
+	stuck := n.RunPod(func(c *cri.PodSandboxConfig) { c.Linux.CgroupParent = n.PodCgroup("stuck") })
+	c := stuck.Shell("sleep 100000")
+	dir, err := c.Process().CgroupDir("freezer")
+	if err != nil {
+		t.Fatal(err)
+	}
+	freezer := filepath.Join(filepath.Dir(dir), "freezer.state")
+	set := func(state string) {
+		if err := os.WriteFile(freezer, []byte(state), 0); err != nil {
+			t.Fatal(err)
+		}
+		asked(t, "the cgroup is "+state, func() bool {
+			b, err := os.ReadFile(freezer)
+			return err == nil && strings.TrimSpace(string(b)) == state
+		})
+	}
+	set("FROZEN")
+	thaw := func() { set("THAWED") }
+	thawed := false
+	defer func() {
+		if !thawed {
+			thaw()
+		}
+	}()
+	impatient, cancel := context.WithCancel(context.Background())
+	stopped := make(chan error, 1)
+	go func() {
+		_, err := n.Runtime.StopContainer(impatient, &cri.StopContainerRequest{ContainerId: c.ID, Timeout: 0})
+		stopped <- err
+	}()
+	asked(t, "SIGKILL is sent", func() bool {
+		return !strings.HasSuffix(c.Process().Status("ShdPnd"), "0000000000000000") || !strings.HasSuffix(c.Process().Status("SigPnd"), "0000000000000000")
+	})
+
+	// Everything else goes on, several times over.
+	var execs, pods []time.Duration
+	for range times(20, 3) {
+		began := time.Now()
+		other.Output("true")
+		execs = append(execs, time.Since(began))
+		began = time.Now()
+		p := n.RunPod()
+		p.Shell("exit 3").WaitExit()
+		if err := p.StopAndRemove(); err != nil {
+			t.Errorf("remove another pod: %v", err)
+		}
+		pods = append(pods, time.Since(began))
+	}
+	look(t, n, []*harness.Container{c, other})
+	select {
+	case err := <-stopped:
+		t.Fatalf("the stop of what cannot end has ended: %v", err)
+	default:
+	}
+	cancel()
+	if err := <-stopped; err == nil {
+		t.Error("the stop of what cannot end succeeds")
+	}
+	if s := c.Status(); s.State != cri.ContainerState_CONTAINER_RUNNING {
+		t.Errorf("the container is %v, and its process is there", s.State)
+	}
+	thaw()
+	thawed = true
+	c.Stop(0)
+	if left := c.Processes(); len(left) > 0 {
+		t.Errorf("left: %v", left)
+	}
+	c.Remove()
+	other.Stop(30 * time.Second)
+	counted(t, other.LogPath(), "stdout")
+	figures(t, "meanwhile: exec in another pod %v (median %v); another pod up, ended and removed in %v (median %v)",
+		worst(execs), median(execs), worst(pods), median(pods))
+}
