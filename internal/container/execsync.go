@@ -72,15 +72,15 @@ func (m *Manager) ExecSync(ctx context.Context, id string, cmd []string, timeout
 	stdout.start()
 	stderr.start()
 	exit, err := m.await(ctx, e)
-	out := &Output{Stdout: stdout.finish(), Stderr: stderr.finish()}
+	stdout.finish()
+	stderr.finish()
 	if err != nil {
 		return nil, fmt.Errorf("exec in container %s: %w", r.ID, err)
 	}
 	if cause := context.Cause(ctx); cause != nil && errdefs.IsResourceExhausted(cause) {
 		return nil, fmt.Errorf("exec in container %s: %w", r.ID, cause)
 	}
-	out.ExitCode = exit.Code
-	return out, nil
+	return &Output{bytes.Join(stdout.parts, nil), bytes.Join(stderr.parts, nil), exit.Code}, nil
 }
 
 // await waits for an exec's end; when ctx ends first it kills the process, and
@@ -129,7 +129,7 @@ type collector struct {
 type stream struct {
 	c           *collector
 	read, write *os.File
-	data        bytes.Buffer
+	parts       [][]byte // one buffer would be copied, and let go, each time that it grows
 	reader      sync.WaitGroup
 }
 
@@ -160,18 +160,18 @@ func (s *stream) Write(p []byte) (int, error) {
 		s.c.full()
 		return 0, io.ErrShortWrite
 	}
-	return s.data.Write(p)
+	s.parts = append(s.parts, bytes.Clone(p))
+	return len(p), nil
 }
 
-// finish returns what the command has written. What it wrote before its end is
-// in the pipe; a process that it left behind may keep the pipe open for ever.
-func (s *stream) finish() []byte {
+// finish ends the reading. What the command wrote before its end is in the pipe; a
+// process that it left behind may keep the pipe open for ever.
+func (s *stream) finish() {
 	// Wakes the reader, which then drains the pipe.
 	if err := s.read.SetReadDeadline(time.Now()); err != nil {
 		s.read.Close()
 	}
 	s.reader.Wait()
-	return s.data.Bytes()
 }
 
 // drain reads what is in the pipe without waiting for more.

@@ -24,6 +24,8 @@ type numbers struct {
 	stall time.Duration // the longest time between two records
 	last  time.Time
 	notes []string // records in podmon's own name
+	// gap, if set, is told how many lines are missing where some are.
+	gap func(missing int)
 }
 
 // read checks one log file; its lines follow those of the files before. Only whole
@@ -77,7 +79,12 @@ var errOutOfOrder = errors.New("a line is missing, twice there or torn")
 
 func (n *numbers) line(text []byte) error {
 	var got int
-	if _, err := fmt.Sscan(string(text[:min(len(text), 20)]), &got); err != nil || got != n.next {
+	_, err := fmt.Sscan(string(text[:min(len(text), 20)]), &got)
+	if err == nil && got > n.next && n.gap != nil {
+		n.gap(got - n.next)
+		n.next = got
+	}
+	if err != nil || got != n.next {
 		return fmt.Errorf("%.40q, want %d: %w", text, n.next, errOutOfOrder)
 	}
 	n.next++

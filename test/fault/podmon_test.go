@@ -90,7 +90,7 @@ func TestPodmonKilled(t *testing.T) {
 				return err
 			}
 			defer s.Close()
-			return s.awaitData()
+			return s.awaitData(stdoutChannel)
 		})
 		attaches = append(attaches, time.Since(killed))
 		if now := n.Podmon(); now.PID == old.PID {

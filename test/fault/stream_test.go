@@ -89,15 +89,22 @@ func (s *stream) frame() (opcode byte, body []byte, err error) {
 	return head[0] & 0xf, body, err
 }
 
-// awaitData returns when output has come.
-func (s *stream) awaitData() error {
+// Channels by the first byte of a message: output of a process, and what comes from a
+// forwarded port (after a message of 2 bytes, the port).
+const (
+	forwardChannel = 0
+	stdoutChannel  = 1
+)
+
+// awaitData returns when output has come on a channel.
+func (s *stream) awaitData(channel byte) error {
 	for {
 		opcode, body, err := s.frame()
 		if err != nil {
 			return err
 		}
 		const binaryFrame, closeFrame = 2, 8
-		if opcode == binaryFrame && len(body) > 1 && (body[0] == 1 || body[0] == 2) {
+		if opcode == binaryFrame && len(body) > 3 && body[0] == channel {
 			return nil
 		}
 		if opcode == closeFrame {

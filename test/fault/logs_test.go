@@ -1,0 +1,207 @@
+package fault
+
+import (
+	"fmt"
+	"os"
+	"regexp"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/podshim/podshim/test/harness"
+)
+
+// lineLength is that of the flood's lines, about.
+const lineLength = 8000
+
+// flood writes numbered lines as fast as it can, until there is a file /tmp/end.
+const flood = `awk 'BEGIN {
+	x = sprintf("%07990d", 0)
+	do for (i = 0; i < 100; i++) print n++ " " x
+	while ((getline line < "/tmp/end") < 0)
+	print n " lines"
+}'`
+
+// rotate does what kubelet does to a log that has become large, and returns the file
+// that nothing is written to any more.
+func rotate(n *harness.Node, c *harness.Container, number int) (string, error) {
+	old := fmt.Sprintf("%s.%06d", c.LogPath(), number)
+	if err := os.Rename(c.LogPath(), old); err != nil {
+		return "", err
+	}
+	_, err := n.Runtime.ReopenContainerLog(n.Context(), &cri.ReopenContainerLogRequest{ContainerId: c.ID})
+	return old, err
+}
+
+// One container writes as much as it can, and its log is rotated all the while. No
+// line is lost or twice there, and other pods and calls go on.
+func TestLogFlood(t *testing.T) {
+	harness.NeedRoot(t)
+	n := harness.Start(t, harness.Options{})
+	var others []*harness.Container
+	for range 3 {
+		c := n.RunPod().Shell(counter(""))
+		c.WaitLog(" 1\n")
+		others = append(others, c)
+	}
+	latencies := func(until <-chan struct{}) (looks, execs, pods []time.Duration) {
+		for {
+			select {
+			case <-until:
+				return looks, execs, pods
+			default:
+			}
+			looks = append(looks, look(t, n, others)...)
+			began := time.Now()
+			others[0].Output("true")
+			execs = append(execs, time.Since(began))
+			began = time.Now()
+			p := n.RunPod()
+			p.Shell("exit 0").WaitExit()
+			if err := p.StopAndRemove(); err != nil {
+				t.Errorf("remove a pod: %v", err)
+			}
+			pods = append(pods, time.Since(began))
+		}
+	}
+	calm := make(chan struct{})
+	length := time.Duration(times(30, 4)) * time.Second
+	time.AfterFunc(length/3, func() { close(calm) })
+	looksBefore, execsBefore, podsBefore := latencies(calm)
+
+	c := n.RunPod().Shell(flood)
+	var got numbers
+	over := make(chan struct{})
+	var rotations int
+	var rotating sync.WaitGroup
+	began := time.Now()
+	rotating.Go(func() {
+		defer close(over)
+		for time.Since(began) < length {
+			time.Sleep(300 * time.Millisecond)
+			rotations++
+			old, err := rotate(n, c, rotations)
+			if err == nil {
+				err = got.read(old, "stdout")
+			}
+			if err != nil {
+				t.Errorf("rotation %d: %v", rotations, err)
+				return
+			}
+			if err := os.Remove(old); err != nil {
+				t.Errorf("remove rotated log: %v", err)
+			}
+		}
+	})
+	looks, execs, pods := latencies(over)
+	rotating.Wait()
+	took := time.Since(began)
+	c.Output("touch", "/tmp/end")
+	if s := c.WaitExit(); s.ExitCode != 0 {
+		t.Errorf("the flood ended with %d", s.ExitCode)
+	}
+	if err := got.read(c.LogPath(), "stdout"); err != nil {
+		t.Error(err)
+	}
+	if len(got.notes) > 0 {
+		t.Errorf("notes in the log: %q", got.notes)
+	}
+	stall := time.Duration(0)
+	for _, c := range others {
+		c.Stop(30 * time.Second)
+		stall = max(stall, counted(t, c.LogPath(), "stdout").stall)
+	}
+	figures(t, "%d lines, %.0f MB/s, %d rotations, none lost or twice; longest time between two records of another log %v",
+		got.next, float64(got.bytes)/1e6/took.Seconds(), rotations, stall.Round(time.Millisecond))
+	figures(t, "median before, and at most and median during the flood: look %v, %v, %v; exec %v, %v, %v; a pod up, ended and removed %v, %v, %v",
+		median(looksBefore), worst(looks), median(looks), median(execsBefore), worst(execs), median(execs), median(podsBefore), worst(pods), median(pods))
+}
+
+// A full disk stops no container: what cannot be written is counted, and the log says
+// how much is missing, at the place where it is.
+func TestLogOnFullDisk(t *testing.T) {
+	harness.NeedRoot(t)
+	n := harness.Start(t, harness.Options{})
+	config := n.PodConfig()
+	if err := unix.Mount("tmpfs", config.LogDirectory, "tmpfs", 0, "size=8m"); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := unix.Unmount(config.LogDirectory, unix.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	}()
+	p := n.RunConfig(config, "")
+	c := p.Shell(flood)
+	var got numbers
+	gaps, bytes := 0, 0
+	for i := range times(20, 3) {
+		asked(t, "the disk is full", func() bool {
+			var st unix.Statfs_t
+			return unix.Statfs(config.LogDirectory, &st) == nil && st.Bfree < 16
+		})
+		before := written(c)
+		asked(t, "the container writes on", func() bool { return written(c) > before+1<<20 })
+		old := fmt.Sprintf("%s.%d", c.LogPath(), i)
+		if err := os.Rename(c.LogPath(), old); err != nil {
+			t.Fatal(err)
+		}
+		// It is renamed, opened anew, and then makes room: kubelet removes the oldest.
+		if _, err := n.Runtime.ReopenContainerLog(n.Context(), &cri.ReopenContainerLogRequest{ContainerId: c.ID}); err != nil {
+			t.Fatal(err)
+		}
+		lines, missing := readGaps(t, &got, old)
+		gaps, bytes = gaps+lines, bytes+missing
+		if err := os.Remove(old); err != nil {
+			t.Fatal(err)
+		}
+	}
+	c.Output("touch", "/tmp/end")
+	c.WaitExit()
+	lines, missing := readGaps(t, &got, c.LogPath())
+	gaps, bytes = gaps+lines, bytes+missing
+	// A record is a line with its number, the time and the stream before it.
+	if gaps == 0 || bytes < gaps*lineLength || bytes > gaps*(lineLength+60) {
+		t.Errorf("%d lines are missing, and the log speaks of %d bytes", gaps, bytes)
+	}
+	if err := p.StopAndRemove(); err != nil {
+		t.Error(err)
+	}
+	figures(t, "%d lines were written; %d could not be, and the log says so: %d bytes in %d places", got.next-gaps, gaps, bytes, len(got.notes))
+}
+
+// written is how much the container's process has written until now.
+func written(c *harness.Container) (n int) {
+	for line := range strings.Lines(c.Process().Read("io")) {
+		fmt.Sscanf(line, "wchar: %d", &n)
+	}
+	return n
+}
+
+var lostNote = regexp.MustCompile(`^\[podmon: (\d+) bytes of log records were lost here: `)
+
+// readGaps reads a log in which lines are missing. It returns how many are, and how
+// many bytes the log itself says are missing.
+func readGaps(t *testing.T, n *numbers, path string) (lines, bytes int) {
+	t.Helper()
+	notes := len(n.notes)
+	n.gap = func(missing int) { lines += missing }
+	if err := n.read(path, "stdout"); err != nil {
+		t.Error(err)
+	}
+	for _, note := range n.notes[notes:] {
+		m := lostNote.FindStringSubmatch(note)
+		if m == nil {
+			t.Errorf("note %q", note)
+			continue
+		}
+		b, _ := strconv.Atoi(m[1])
+		bytes += b
+	}
+	return lines, bytes
+}
