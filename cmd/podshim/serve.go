@@ -210,6 +210,7 @@ func pinned(cfg config.Image) []string {
 func (d *parts) openNetwork(context.Context) (err error) {
 	d.network, err = cni.New(cni.Config{
 		ConfDir:       d.cfg.Network.ConfDir,
+		ConfTemplate:  d.cfg.Network.ConfTemplate,
 		BinDirs:       d.cfg.Network.BinDirs,
 		CacheDir:      d.root("cni"),
 		PluginTimeout: d.cfg.Network.PluginTimeout.Std(),

@@ -33,6 +33,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -54,6 +55,9 @@ type Config struct {
 	// ConfDir holds the network configurations (default /etc/cni/net.d). It may
 	// come and go.
 	ConfDir string
+	// ConfTemplate is a text/template of a configuration list, from which
+	// SetPodCIDRs makes a file in ConfDir; empty is none.
+	ConfTemplate string
 	// BinDirs hold the plugins (default /opt/cni/bin, /usr/lib/cni).
 	BinDirs []string
 	// CacheDir is ours alone (default /var/lib/podshim/cni): what pods were
@@ -93,6 +97,9 @@ type Network struct {
 	runner *runner
 	cni    *libcni.CNIConfig
 
+	ranges atomic.Pointer[[]netip.Prefix] // of SetPodCIDRs, nil before
+	look   chan chan struct{}             // asks the watcher to look now; it closes what it got
+
 	current atomic.Pointer[loaded] // never nil
 	health  atomic.Pointer[health] // nil before the plugins' first answer
 	asked   atomic.Bool            // Status was called since STATUS last ran
@@ -128,8 +135,12 @@ func New(cfg Config) (*Network, error) {
 		}
 	}
 	r := &runner{limit: cfg.PluginTimeout}
+	// Read when it is used; a bad one is better known now.
+	if _, err := readTemplate(cfg.ConfTemplate); err != nil {
+		return nil, err
+	}
 	n := &Network{
-		cfg: cfg, runner: r,
+		cfg: cfg, runner: r, look: make(chan chan struct{}),
 		cni:  libcni.NewCNIConfigWithCacheDir(cfg.BinDirs, cfg.CacheDir, r),
 		live: make(map[string]struct{}),
 	}
@@ -188,6 +199,11 @@ func (n *Network) Info() Info {
 	info := Info{
 		ConfDir: n.cfg.ConfDir, BinDirs: n.cfg.BinDirs,
 		File: l.file, Files: slices.Clone(l.files), LoadedAt: l.at,
+	}
+	if ranges := n.ranges.Load(); ranges != nil {
+		for _, r := range *ranges {
+			info.PodCIDRs = append(info.PodCIDRs, r.String())
+		}
 	}
 	if l.list != nil {
 		info.Network, info.CNIVersion = l.list.Name, l.list.CNIVersion

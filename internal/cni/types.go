@@ -72,6 +72,8 @@ type Info struct {
 	File       string   `json:"file,omitempty"`
 	CNIVersion string   `json:"cniVersion,omitempty"`
 	Plugins    []string `json:"plugins,omitempty"`
+	// PodCIDRs are the node's ranges as kubelet has told them, if it has.
+	PodCIDRs []string `json:"podCIDRs,omitempty"`
 	// Files are all files of ConfDir in the order they are looked at.
 	Files    []FileInfo `json:"files,omitempty"`
 	LoadedAt time.Time  `json:"loadedAt"`

@@ -80,6 +80,9 @@ func (w *watch) run(ctx context.Context) {
 			w.look(ctx)
 		case <-tick.C:
 			w.look(ctx)
+		case seen := <-w.n.look:
+			w.look(ctx)
+			close(seen)
 		case h := <-w.answer:
 			w.answered(h)
 		}

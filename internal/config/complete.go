@@ -212,6 +212,9 @@ func (c *Config) checkNetwork() error {
 		absolute("network.netns_dir", c.Network.NetnsDir),
 		positive("network.plugin_timeout", c.Network.PluginTimeout),
 	}
+	if c.Network.ConfTemplate != "" {
+		errs = append(errs, absolute("network.conf_template", c.Network.ConfTemplate))
+	}
 	if len(c.Network.BinDirs) == 0 {
 		errs = append(errs, errors.New("network.bin_dirs: at least one directory is needed"))
 	}

@@ -79,6 +79,7 @@ type Cgroup struct {
 // Network is the table [network].
 type Network struct {
 	ConfDir       string   `toml:"conf_dir"`
+	ConfTemplate  string   `toml:"conf_template"`
 	BinDirs       []string `toml:"bin_dirs"`
 	NetnsDir      string   `toml:"netns_dir"`
 	PluginTimeout Duration `toml:"plugin_timeout"`

@@ -5,8 +5,11 @@ import (
 	"encoding/json"
 	"fmt"
 	"maps"
+	"net/netip"
 	"slices"
+	"strings"
 
+	"github.com/containerd/errdefs"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
@@ -74,6 +77,27 @@ func (s *runtimeService) RuntimeConfig(context.Context, *runtime.RuntimeConfigRe
 		driver = runtime.CgroupDriver_SYSTEMD
 	}
 	return &runtime.RuntimeConfigResponse{Linux: &runtime.LinuxRuntimeConfiguration{CgroupDriver: driver}}, nil
+}
+
+// UpdateRuntimeConfig takes note of the pods' addresses on this node (CRI
+// NetworkConfig.pod_cidr: one range, or one for each family with a comma between).
+func (s *runtimeService) UpdateRuntimeConfig(ctx context.Context, req *runtime.UpdateRuntimeConfigRequest) (*runtime.UpdateRuntimeConfigResponse, error) {
+	list := req.GetRuntimeConfig().GetNetworkConfig().GetPodCidr()
+	if list == "" {
+		return &runtime.UpdateRuntimeConfigResponse{}, nil
+	}
+	var ranges []netip.Prefix
+	for word := range strings.SplitSeq(list, ",") {
+		r, err := netip.ParsePrefix(strings.TrimSpace(word))
+		if err != nil {
+			return nil, fmt.Errorf("runtime_config.network_config.pod_cidr: %q is not a CIDR: %w", word, errdefs.ErrInvalidArgument)
+		}
+		ranges = append(ranges, r)
+	}
+	if err := s.Network.SetPodCIDRs(ctx, ranges); err != nil {
+		return nil, fmt.Errorf("runtime_config.network_config.pod_cidr: %w", err)
+	}
+	return &runtime.UpdateRuntimeConfigResponse{}, nil
 }
 
 // info makes the verbose part of an answer: keys and values by turns, the values

@@ -50,6 +50,8 @@ type Options struct {
 	Config string
 	// Runtime are lines for the table [runtime].
 	Runtime string
+	// Network are lines for the table [network].
+	Network string
 	// Image are lines for the table [image].
 	Image string
 	// NoNetwork leaves the CNI configuration directory empty.
@@ -283,6 +285,7 @@ conf_dir = %q
 bin_dirs = [%s]
 netns_dir = %q
 plugin_timeout = %q
+%s
 [image]
 certs_dirs = [%q]
 %s
@@ -290,7 +293,7 @@ certs_dirs = [%q]
 %s
 %s
 `, d.Root, d.RunDir, d.Socket, bin+"/podmon", driver, d.OwnCgroup, d.CNIConf, strings.Join(plugins, ", "), d.NetnsDir,
-		cmp.Or(d.opts.PluginTimeout, "20s"), d.CertsD,
+		cmp.Or(d.opts.PluginTimeout, "20s"), d.opts.Network, d.CertsD,
 		d.opts.Image, d.opts.Runtime, d.opts.Config)
 	return os.WriteFile(dir(d, "config.toml"), []byte(conf), 0o600)
 }

@@ -3,6 +3,8 @@ package pod
 import (
 	"bytes"
 	"encoding/json"
+	"fmt"
+	"net/netip"
 	"os"
 	"strings"
 	"testing"
@@ -68,6 +70,98 @@ func waitNetwork(t *testing.T, n *harness.Node, ready bool) {
 	}
 	if !ready && (last.Reason == "" || !strings.Contains(last.Message, n.CNIConf)) {
 		t.Errorf("condition does not say why and where: %v", last)
+	}
+}
+
+// The network made from a template for the range that kubelet tells: pods get
+// addresses of it, a new range replaces it, and a file of somebody else wins.
+func TestPodCIDR(t *testing.T) {
+	harness.NeedRoot(t)
+	t.Parallel()
+	dir := t.TempDir()
+	write := func(template string) {
+		if err := os.WriteFile(dir+"/template", []byte(template), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write("{}")
+	n := harness.Start(t, harness.Options{NoNetwork: true, Network: fmt.Sprintf("conf_template = %q", dir+"/template")})
+	tell := func(cidr string) error {
+		_, err := n.Runtime.UpdateRuntimeConfig(n.Context(), &cri.UpdateRuntimeConfigRequest{
+			RuntimeConfig: &cri.RuntimeConfig{NetworkConfig: &cri.NetworkConfig{PodCidr: cidr}}})
+		return err
+	}
+	checkCode(t, tell("10.0.0.0/33"), invalid, "pod_cidr")
+	checkCode(t, tell(n.Subnet+",,"), invalid, "pod_cidr")
+	checkCode(t, tell(n.Subnet), notNow, dir+"/template") // it gives no network
+	waitNetwork(t, n, false)
+	write(fmt.Sprintf(`{"cniVersion": "1.0.0", "name": %q, "plugins": [
+ {"type": "bridge", "bridge": %q, "isGateway": true, "forceAddress": true, "ipam": {"type": "host-local", "dataDir": %q,
+  "ranges": [{{range $i, $r := .PodCIDRRanges}}{{if $i}},{{end}}[{"subnet": "{{$r}}"}]{{end}}],
+  "routes": [{{range $i, $r := .Routes}}{{if $i}},{{end}}{"dst": "{{$r}}"}{{end}}]}}]}`, n.Name, n.Bridge, n.IPAM))
+	inside := func(p *harness.Pod, prefix string) {
+		t.Helper()
+		ip, err := netip.ParseAddr(p.Status().GetNetwork().GetIp())
+		if err != nil || !netip.MustParsePrefix(prefix).Contains(ip) {
+			t.Errorf("pod has %v (%v), want an address of %s", ip, err, prefix)
+		}
+	}
+	half := func(bits string) string { return strings.Replace(n.Subnet, "0/24", bits, 1) }
+	for _, cidr := range []string{half("0/25"), half("0/25"), half("128/25")} {
+		if err := tell(cidr); err != nil {
+			t.Fatal(err)
+		}
+		// At once: the answer comes when the network is there.
+		p := n.RunPod()
+		inside(p, cidr)
+		if err := p.StopAndRemove(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// Both families, as kubelet sends them for a dual-stack node.
+	if err := tell(half("0/25") + ", fd00:210::/64"); err != nil {
+		t.Fatal(err)
+	}
+	p := n.RunPod()
+	inside(p, half("0/25"))
+	if more := p.Status().GetNetwork().GetAdditionalIps(); len(more) != 1 || !strings.HasPrefix(more[0].Ip, "fd00:210:") {
+		t.Errorf("additional addresses are %v, want one of fd00:210::/64", more)
+	}
+	// The daemon starts again with what it has made.
+	n.Restart()
+	waitNetwork(t, n, true)
+	inside(n.RunPod(), half("0/25"))
+	// Somebody installs a network: kubelet's range is theirs to use.
+	if err := os.Remove(n.CNIConf + "/10-podshim-pod-cidr.conflist"); err != nil {
+		t.Fatal(err)
+	}
+	if err := n.WriteNetwork(); err != nil {
+		t.Fatal(err)
+	}
+	waitNetwork(t, n, true)
+	if err := tell("10.99.0.0/24"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(n.CNIConf + "/10-podshim-pod-cidr.conflist"); !os.IsNotExist(err) {
+		t.Errorf("the template was used beside a network that is there: %v", err)
+	}
+	s, err := n.Runtime.Status(n.Context(), &cri.StatusRequest{Verbose: true})
+	if err != nil || !strings.Contains(s.Info["cni"], "10.99.0.0/24") {
+		t.Errorf("status does not tell the range: %v, %v", s.GetInfo()["cni"], err)
+	}
+}
+
+// What podshim cannot do it says by name.
+func TestCheckpointsAreRefused(t *testing.T) {
+	n := harness.Shared(t)
+	t.Parallel()
+	r := n.Runtime
+	for _, c := range []badCase{
+		bad("container", "Unimplemented", "CRIU", r.CheckpointContainer, &cri.CheckpointContainerRequest{ContainerId: unknown, Location: t.TempDir() + "/c.tar", Timeout: 1}),
+		bad("pod", "Unimplemented", "CRIU", r.CheckpointPod, &cri.CheckpointPodRequest{PodSandboxId: unknown, OutputPath: t.TempDir(), ContainerIds: []string{unknown}}),
+		bad("restore", "Unimplemented", "CRIU", r.RestorePod, &cri.RestorePodRequest{CheckpointPath: t.TempDir(), Config: n.PodConfig()}),
+	} {
+		checkCode(t, c.call(n.Context()), c.code, c.word)
 	}
 }
 
