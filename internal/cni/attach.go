@@ -58,6 +58,10 @@ func (n *Network) Add(ctx context.Context, pod Pod) (_ Result, err error) {
 	if err := n.writeAttachment(a); err != nil {
 		return Result{}, err
 	}
+	if a.ignoresPorts() {
+		n.cfg.Log.WithField("sandbox", pod.ID).WithField("network", a.list.Name).Warn(
+			"no plugin of the network declares the capability portMappings: the pod's host ports are left to whoever else makes them")
+	}
 	raw, err := n.cni.AddNetworkList(ctx, a.list, a.runtimeConf())
 	if err != nil {
 		return Result{}, a.failure("attach", err)
@@ -169,6 +173,16 @@ func (a *attachment) runtimeConf() *libcni.RuntimeConf {
 		},
 		CapabilityArgs: p.capabilities(),
 	}
+}
+
+// ignoresPorts tells whether the pod has host ports and no plugin that would be
+// told of them. That is no error: there are networks that learn host ports from
+// the Kubernetes API.
+func (a *attachment) ignoresPorts() bool {
+	if _, has := a.Pod.capabilities()["portMappings"]; !has {
+		return false
+	}
+	return !slices.ContainsFunc(a.list.Plugins, func(p *libcni.PluginConfig) bool { return p.Network.Capabilities["portMappings"] })
 }
 
 // capabilities are the values for plugins that declare the capability; libcni

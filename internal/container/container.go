@@ -75,6 +75,10 @@ type Record struct {
 	ImageID  string `json:"image_id"`
 	ImageRef string `json:"image_ref"`
 
+	// VolumeRefs are those of the images that are mounted, by the mount's index in
+	// the config; "" for other mounts.
+	VolumeRefs map[int]string `json:"volume_refs,omitempty"`
+
 	State      State     `json:"state"`
 	CreatedAt  time.Time `json:"created_at"`
 	StartedAt  time.Time `json:"started_at,omitzero"`

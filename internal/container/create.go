@@ -82,9 +82,9 @@ func samePod(again, original *runtime.PodSandboxConfig) error {
 }
 
 func (m *Manager) create(ctx context.Context, s *sandbox.Sandbox, cfg *runtime.ContainerConfig) (string, error) {
-	img, err := m.Images.Get(cfg.GetImage().GetImage())
+	img, err := m.image("image", cfg.GetImage())
 	if err != nil {
-		return "", fmt.Errorf("image.image: %w", err)
+		return "", err
 	}
 	r := &Record{
 		ID:        ids.New(),
@@ -128,6 +128,23 @@ func (m *Manager) create(ctx context.Context, s *sandbox.Sandbox, cfg *runtime.C
 	return r.ID, nil
 }
 
+// image finds the image that a spec of the config, called field, names.
+func (m *Manager) image(field string, want *runtime.ImageSpec) (image.Image, error) {
+	if h := want.GetRuntimeHandler(); h != "" {
+		if _, ok := m.Handlers[h]; !ok {
+			return image.Image{}, fmt.Errorf("%s.runtime_handler: no handler %q is configured: %w", field, h, errdefs.ErrInvalidArgument)
+		}
+	}
+	img, err := m.Images.Get(want.GetImage())
+	if err != nil {
+		return image.Image{}, fmt.Errorf("%s.image: %w", field, err)
+	}
+	if ref := want.GetImageRef(); ref != "" && ref != img.ID && !slices.Contains(img.RepoDigests, ref) {
+		return image.Image{}, fmt.Errorf("%s.image_ref: image %q is %s, not %q: %w", field, want.GetImage(), imageRef(img), ref, errdefs.ErrInvalidArgument)
+	}
+	return img, nil
+}
+
 // build takes what a container holds before it runs. Its last step makes the
 // container Created; whatever fails before is given back by release.
 func (m *Manager) build(ctx context.Context, c *Container, pod spec.Pod, handler string, img image.Image) error {
@@ -142,14 +159,21 @@ func (m *Manager) build(ctx context.Context, c *Container, pod spec.Pod, handler
 			return fmt.Errorf("make container directory: %w", err)
 		}
 	}
+	sc := r.Config.GetLinux().GetSecurityContext()
+	processLabel, mountLabel := pod.ProcessLabel, pod.MountLabel
+	if o := sc.GetSelinuxOptions(); o != nil {
+		var err error
+		if processLabel, mountLabel, err = sandbox.Labels(o, pod.ProcessLabel); err != nil {
+			return err
+		}
+	}
 	mounts, err := m.Images.Prepare(ctx, r.ID, img, idMapping(pod)...)
 	if err != nil {
 		return fmt.Errorf("prepare snapshot: %w", err)
 	}
-	if err := image.Mount(mounts, root); err != nil {
+	if err := image.Mount(mounts, root, mountLabel); err != nil {
 		return fmt.Errorf("mount snapshot: %w", err)
 	}
-	sc := r.Config.GetLinux().GetSecurityContext()
 	user, err := rootfs.LookupUser(root, userRequest(sc, img.Config.User))
 	if err != nil {
 		return fmt.Errorf("linux.security_context: user of the container: %w", err)
@@ -162,9 +186,17 @@ func (m *Manager) build(ctx context.Context, c *Container, pod spec.Pod, handler
 	if err != nil {
 		return err
 	}
-	volumes, err := m.volumes(ctx, r, root, pod, img)
+	volumes, refs, err := m.volumes(ctx, r, root, pod, img, mountLabel)
 	if err != nil {
 		return err
+	}
+	for i, mount := range r.Config.GetMounts() {
+		if !mount.GetSelinuxRelabel() || mount.GetImage() != nil {
+			continue // an image is mounted with the label
+		}
+		if err := sandbox.Relabel(sources[mount.GetHostPath()].Path, mountLabel); err != nil {
+			return fmt.Errorf("mounts[%d].selinux_relabel: %w", i, err)
+		}
 	}
 	target, err := m.target(r)
 	if err != nil {
@@ -174,10 +206,11 @@ func (m *Manager) build(ctx context.Context, c *Container, pod spec.Pod, handler
 		ID: r.ID, Config: r.Config, Pod: pod,
 		Image: img.Config, Rootfs: root,
 		User: specs.User{UID: user.UID, GID: user.GID, AdditionalGids: user.AdditionalGIDs}, Home: user.Home,
-		Volumes:     volumes,
-		Sources:     sources,
-		Devices:     devices,
-		TargetPID:   target.namespace(),
+		Volumes:      volumes,
+		Sources:      sources,
+		Devices:      devices,
+		TargetPID:    target.namespace(),
+		ProcessLabel: processLabel, MountLabel: mountLabel,
 		ReadSeccomp: host.ReadSeccomp,
 		Host:        m.Host,
 		Handler:     h,
@@ -196,6 +229,7 @@ func (m *Manager) build(ctx context.Context, c *Container, pod spec.Pod, handler
 		r.User = oci.Process.User
 		r.StopSignal = spec.StopSignal(r.Config, img.Config)
 		r.Target = target
+		r.VolumeRefs = refs
 	})
 }
 

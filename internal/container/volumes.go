@@ -19,17 +19,17 @@ import (
 
 	"github.com/podshim/podshim/internal/image"
 	"github.com/podshim/podshim/internal/rootfs"
+	"github.com/podshim/podshim/internal/sandbox"
 	"github.com/podshim/podshim/internal/spec"
 )
 
 // volumes makes what the image's VOLUMEs and the config's image mounts are
-// mounted from.
-func (m *Manager) volumes(ctx context.Context, r *Record, root string, pod spec.Pod, img image.Image) ([]specs.Mount, error) {
+// mounted from. refs are the mounted images', by the mount's index.
+func (m *Manager) volumes(ctx context.Context, r *Record, root string, pod spec.Pod, img image.Image, label string) (mounts []specs.Mount, refs map[int]string, err error) {
 	taken := make(map[string]bool)
 	for _, mount := range r.Config.GetMounts() {
 		taken[path.Clean(mount.GetContainerPath())] = true
 	}
-	var mounts []specs.Mount
 	for i, destination := range slices.Sorted(maps.Keys(img.Config.Volumes)) {
 		destination = path.Clean("/" + destination)
 		if taken[destination] || destination == "/" {
@@ -37,11 +37,14 @@ func (m *Manager) volumes(ctx context.Context, r *Record, root string, pod spec.
 		}
 		source := filepath.Join(m.rootDir(r.ID), "volumes", strconv.Itoa(i))
 		if err := os.MkdirAll(source, 0o711); err != nil {
-			return nil, fmt.Errorf("make volume directory: %w", err)
+			return nil, nil, fmt.Errorf("make volume directory: %w", err)
 		}
 		// Whatever the image holds there is the volume's first content.
 		if err := rootfs.CopyUp(root, destination, source); err != nil {
-			return nil, fmt.Errorf("copy the image's volume %s: %w", destination, err)
+			return nil, nil, fmt.Errorf("copy the image's volume %s: %w", destination, err)
+		}
+		if err := sandbox.Relabel(source, label); err != nil {
+			return nil, nil, err
 		}
 		mounts = append(mounts, specs.Mount{
 			Destination: destination, Type: "bind", Source: source,
@@ -52,16 +55,24 @@ func (m *Manager) volumes(ctx context.Context, r *Record, root string, pod spec.
 		if mount.GetImage() == nil {
 			continue
 		}
-		source, err := m.mountImage(ctx, r.ID, i, mount.GetImage().GetImage(), mount.GetImageSubPath(), pod)
+		img, err := m.image(fmt.Sprintf("mounts[%d].image", i), mount.GetImage())
 		if err != nil {
-			return nil, fmt.Errorf("mounts[%d].image: %w", i, err)
+			return nil, nil, fmt.Errorf("%w: %w", crierrors.ErrImageVolumeMountFailed, err)
 		}
+		source, err := m.mountImage(ctx, r.ID, i, img, mount.GetImageSubPath(), pod, label)
+		if err != nil {
+			return nil, nil, fmt.Errorf("mounts[%d].image: %w", i, err)
+		}
+		if refs == nil {
+			refs = make(map[int]string)
+		}
+		refs[i] = imageRef(img)
 		mounts = append(mounts, specs.Mount{
 			Destination: path.Clean(mount.GetContainerPath()), Type: "bind", Source: source,
 			Options: []string{"rbind", "rprivate", "ro"},
 		})
 	}
-	return mounts, nil
+	return mounts, refs, nil
 }
 
 func imageKey(id string, i int) string { return fmt.Sprintf("%s-image-%d", id, i) }
@@ -72,11 +83,7 @@ func (m *Manager) imagePath(id string, i int) string {
 
 // mountImage mounts an image read-only and returns the directory that the
 // container is to see (CRI Mount.image, image_sub_path; KEP 4639).
-func (m *Manager) mountImage(ctx context.Context, id string, i int, ref, subPath string, pod spec.Pod) (string, error) {
-	img, err := m.Images.Get(ref)
-	if err != nil {
-		return "", fmt.Errorf("%w: %w", crierrors.ErrImageVolumeMountFailed, err)
-	}
+func (m *Manager) mountImage(ctx context.Context, id string, i int, img image.Image, subPath string, pod spec.Pod, label string) (string, error) {
 	target := m.imagePath(id, i)
 	if err := os.MkdirAll(target, 0o711); err != nil {
 		return "", fmt.Errorf("make mount point: %w", err)
@@ -85,7 +92,7 @@ func (m *Manager) mountImage(ctx context.Context, id string, i int, ref, subPath
 	if err != nil {
 		return "", fmt.Errorf("%w: %w", crierrors.ErrImageVolumeMountFailed, err)
 	}
-	if err := image.Mount(mounts, target); err != nil {
+	if err := image.Mount(mounts, target, label); err != nil {
 		return "", fmt.Errorf("%w: %w", crierrors.ErrImageVolumeMountFailed, err)
 	}
 	if subPath == "" {

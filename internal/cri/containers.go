@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	"google.golang.org/protobuf/proto"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/podshim/podshim/internal/container"
@@ -160,13 +161,26 @@ func (s *runtimeService) containerStatus(r *container.Record) *runtime.Container
 		ImageId:     r.ImageID,
 		Labels:      r.Config.GetLabels(),
 		Annotations: r.Config.GetAnnotations(),
-		Mounts:      r.Config.GetMounts(),
+		Mounts:      mounts(r),
 		LogPath:     r.LogFile(),
 		StopSignal:  spec.CRISignal(r.StopSignal),
 		User:        &runtime.ContainerUser{Linux: linuxUser(r)},
 	}
 	if res := r.CurrentResources(); res != nil {
 		out.Resources = &runtime.ContainerResources{Linux: res}
+	}
+	return out
+}
+
+// mounts are the config's, with what the images among them turned out to be.
+func mounts(r *container.Record) []*runtime.Mount {
+	if len(r.VolumeRefs) == 0 {
+		return r.Config.GetMounts()
+	}
+	out := slices.Clone(r.Config.GetMounts())
+	for i, ref := range r.VolumeRefs {
+		out[i] = proto.CloneOf(out[i])
+		out[i].Image.ImageRef = ref
 	}
 	return out
 }
@@ -179,7 +193,7 @@ func linuxUser(r *container.Record) *runtime.LinuxContainerUser {
 	return u
 }
 
-// containerInfo is the verbose information, in the shape that crictl users know.
+// containerInfo is the verbose information, with containerd's names as sandboxInfo.
 func (s *runtimeService) containerInfo(r *container.Record) (map[string]string, error) {
 	type details struct {
 		SandboxID   string                   `json:"sandboxID"`
@@ -187,12 +201,13 @@ func (s *runtimeService) containerInfo(r *container.Record) (map[string]string, 
 		CgroupsPath string                   `json:"cgroupsPath"`
 		SnapshotKey string                   `json:"snapshotKey"`
 		Snapshotter string                   `json:"snapshotter"`
+		RuntimeType string                   `json:"runtimeType"`
 		Config      *runtime.ContainerConfig `json:"config"`
 		RuntimeSpec any                      `json:"runtimeSpec,omitempty"`
 	}
 	d := details{
 		SandboxID: r.SandboxID, CgroupsPath: r.CgroupsPath,
-		SnapshotKey: r.ID, Snapshotter: "overlayfs", Config: r.Config,
+		SnapshotKey: r.ID, Snapshotter: "overlayfs", RuntimeType: runtimeName, Config: r.Config,
 	}
 	if r.State == container.Running {
 		d.PID = r.Process.PID

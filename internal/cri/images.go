@@ -3,6 +3,7 @@ package cri
 import (
 	"context"
 	"encoding/json"
+	"fmt"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -73,6 +74,11 @@ func (s *imageService) ImageStatus(_ context.Context, req *runtime.ImageStatusRe
 func (s *imageService) PullImage(ctx context.Context, req *runtime.PullImageRequest) (*runtime.PullImageResponse, error) {
 	if err := required("image.image", req.GetImage().GetImage()); err != nil {
 		return nil, err
+	}
+	if h := req.GetImage().GetRuntimeHandler(); h != "" {
+		if _, ok := s.Handlers[h]; !ok {
+			return nil, fmt.Errorf("image.runtime_handler: no handler %q is configured: %w", h, errdefs.ErrInvalidArgument)
+		}
 	}
 	var auth *image.Auth
 	if a := req.GetAuth(); a != nil {

@@ -10,6 +10,7 @@ import (
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/podshim/podshim/internal/sandbox"
+	"github.com/podshim/podshim/internal/spec"
 )
 
 // RunPodSandbox makes a sandbox and returns once it is ready.
@@ -61,7 +62,7 @@ func (s *runtimeService) PodSandboxStatus(_ context.Context, req *runtime.PodSan
 		resp.ContainersStatuses = append(resp.ContainersStatuses, s.containerStatus(c))
 	}
 	if req.GetVerbose() {
-		if resp.Info, err = info("info", sandboxInfo(r)); err != nil {
+		if resp.Info, err = s.sandboxInfo(r); err != nil {
 			return nil, err
 		}
 	}
@@ -136,21 +137,38 @@ func sandboxStatus(r *sandbox.Record) *runtime.PodSandboxStatus {
 	return out
 }
 
-// sandboxInfo is the verbose information, in the shape that crictl users know.
-func sandboxInfo(r *sandbox.Record) any {
-	return struct {
+// sandboxInfo is the verbose information. The names are those of containerd, for
+// which operators' jq and go-template paths are written (.info.pid,
+// .info.runtimeSpec.linux.namespaces).
+func (s *runtimeService) sandboxInfo(r *sandbox.Record) (map[string]string, error) {
+	type details struct {
 		PID            int                       `json:"pid"`
-		State          sandbox.State             `json:"processStatus"`
+		ProcessStatus  string                    `json:"processStatus"`
 		Reason         string                    `json:"reason,omitempty"`
 		NetNS          string                    `json:"netNamespace,omitempty"`
+		NetNSClosed    bool                      `json:"netNamespaceClosed"`
+		Image          string                    `json:"image"`
 		CgroupParent   string                    `json:"cgroupParent"`
+		CgroupsPath    string                    `json:"cgroupsPath,omitempty"`
 		RuntimeHandler string                    `json:"runtimeHandler"`
 		RuntimeType    string                    `json:"runtimeType"`
 		Config         *runtime.PodSandboxConfig `json:"config"`
+		RuntimeSpec    any                       `json:"runtimeSpec,omitempty"`
 		CNIResult      json.RawMessage           `json:"cniResult,omitempty"`
-	}{
-		PID: r.Infra.PID, State: r.State, Reason: r.Reason, NetNS: r.Netns,
-		CgroupParent: r.CgroupParent, RuntimeHandler: r.Handler, RuntimeType: runtimeName,
+	}
+	d := details{
+		ProcessStatus: "exited", Reason: r.Reason,
+		NetNS: r.Netns, NetNSClosed: r.Released,
+		CgroupParent:   r.CgroupParent,
+		RuntimeHandler: r.Handler, RuntimeType: runtimeName,
 		Config: r.Config, CNIResult: r.NetworkResult,
 	}
+	if r.State == sandbox.Ready {
+		d.PID, d.ProcessStatus = r.Infra.PID, "running"
+	}
+	// Gone with a stop and with a reboot.
+	if oci, err := s.Sandboxes.Spec(r.ID); err == nil {
+		d.RuntimeSpec, d.CgroupsPath, d.Image = oci, oci.Linux.CgroupsPath, spec.SandboxImage(oci)
+	}
+	return info("info", d)
 }

@@ -27,6 +27,13 @@ func (s *runtimeService) Attach(_ context.Context, req *runtime.AttachRequest) (
 	if err := s.mustRun(req.GetContainerId()); err != nil {
 		return nil, err
 	}
+	c, err := s.Containers.Get(req.GetContainerId())
+	if err != nil {
+		return nil, err
+	}
+	if has := c.Get().Config.GetTty(); has != req.GetTty() {
+		return nil, fmt.Errorf("tty: is %t, but container %s has tty %t: %w", req.GetTty(), c.Get().ID, has, errdefs.ErrInvalidArgument)
+	}
 	return s.Streaming.GetAttach(req)
 }
 

@@ -12,12 +12,17 @@ import (
 )
 
 // Mount makes target (mode 0755, which the caller's parent directory keeps
-// private) and mounts a snapshot on it.
-func Mount(mounts []mount.Mount, target string) error {
+// private) and mounts a snapshot on it. All its files have the SELinux label, where
+// one is given; on an overlay, which is all that can have one, since a bind mount
+// shows the labels that are there.
+func Mount(mounts []mount.Mount, target, label string) error {
 	if err := os.MkdirAll(target, 0o755); err != nil {
 		return fmt.Errorf("make mount point: %w", err)
 	}
 	for _, m := range mounts {
+		if label != "" && m.Type == "overlay" {
+			m.Options = append(slices.Clone(m.Options), fmt.Sprintf("context=%q", label))
+		}
 		if err := mountOne(m, target); err != nil {
 			return errors.Join(fmt.Errorf("mount snapshot on %s: %w", target, err), Unmount(target))
 		}

@@ -76,7 +76,7 @@ func TestContainerKeepsItsLayersUntilItGoes(t *testing.T) {
 	}
 	assertSnapshots(t, s, 3)
 	target := filepath.Join(t.TempDir(), "rootfs")
-	if err := Mount(mounts, target); err != nil {
+	if err := Mount(mounts, target, ""); err != nil {
 		t.Fatal(err)
 	}
 	if got := read(t, target, "etc/base"); got != "base" {
@@ -151,7 +151,7 @@ func TestViewIsReadOnly(t *testing.T) {
 		t.Fatal(err)
 	}
 	target := filepath.Join(t.TempDir(), "view")
-	if err := Mount(mounts, target); err != nil {
+	if err := Mount(mounts, target, ""); err != nil {
 		t.Fatal(err)
 	}
 	defer func() {
@@ -267,7 +267,7 @@ func TestIDMappedViewOfOneLayer(t *testing.T) {
 		t.Fatal(err)
 	}
 	target := filepath.Join(t.TempDir(), "view")
-	if err := Mount(mounts, target); err != nil {
+	if err := Mount(mounts, target, ""); err != nil {
 		t.Fatal(err)
 	}
 	defer func() {

@@ -225,7 +225,7 @@ func mounted(t testing.TB, s *Store, key string, img Image, opts ...SnapshotOpt)
 		t.Fatal(err)
 	}
 	target := filepath.Join(t.TempDir(), "rootfs")
-	if err := Mount(mounts, target); err != nil {
+	if err := Mount(mounts, target, ""); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {

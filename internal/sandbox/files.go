@@ -2,12 +2,14 @@ package sandbox
 
 import (
 	"bytes"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net/netip"
 	"os"
 	"path/filepath"
 
+	"github.com/containerd/errdefs"
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -41,7 +43,7 @@ func (m *Manager) makeFiles(r *Record) error {
 		return err
 	}
 	hostname := r.Config.GetHostname()
-	if hostname == "" || r.HostNetwork() {
+	if hostname == "" {
 		if hostname, err = os.Hostname(); err != nil {
 			return fmt.Errorf("read the node's hostname: %w", err)
 		}
@@ -98,6 +100,37 @@ func mountShm(path string, r *Record) error {
 		return fmt.Errorf("mount the pod's /dev/shm at %s: %w", path, err)
 	}
 	return nil
+}
+
+// specPath is where the infra container's OCI description is.
+func (m *Manager) specPath(id string) string { return filepath.Join(m.shm(id), "config.json") }
+
+func (m *Manager) saveSpec(id string, oci *specs.Spec) error {
+	raw, err := json.Marshal(oci)
+	if err == nil {
+		err = os.WriteFile(m.specPath(id), raw, 0o600)
+	}
+	if err != nil {
+		return fmt.Errorf("write spec of infra container: %w", err)
+	}
+	return nil
+}
+
+// Spec returns the OCI description of a sandbox's infra container. It goes when
+// the sandbox is stopped, and with a reboot (errdefs.ErrNotFound).
+func (m *Manager) Spec(id string) (*specs.Spec, error) {
+	raw, err := os.ReadFile(m.specPath(id))
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("spec of infra container of %s: %w", id, errdefs.ErrNotFound)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read spec of infra container: %w", err)
+	}
+	var oci specs.Spec
+	if err := json.Unmarshal(raw, &oci); err != nil {
+		return nil, fmt.Errorf("decode spec of infra container of %s: %w", id, err)
+	}
+	return &oci, nil
 }
 
 // rootOf is the host's ID of ID 0.

@@ -93,7 +93,7 @@ func (i *ImageInfra) Acquire(ctx context.Context, id string, uids, gids []specs.
 	if err := host.PrivateDir(i.dir(id), gids); err != nil {
 		return InfraImage{}, fmt.Errorf("make infra directory: %w", err)
 	}
-	if err := image.Mount(mounts, i.path(id)); err != nil {
+	if err := image.Mount(mounts, i.path(id), ""); err != nil {
 		return InfraImage{}, err
 	}
 	user, err := rootfs.LookupUser(i.path(id), rootfs.UserRequest{Image: img.Config.User})

@@ -4,9 +4,6 @@ import (
 	"fmt"
 	"path/filepath"
 
-	"github.com/opencontainers/selinux/go-selinux"
-	"github.com/opencontainers/selinux/go-selinux/label"
-
 	"github.com/podshim/podshim/internal/cni"
 	"github.com/podshim/podshim/internal/spec"
 )
@@ -37,42 +34,6 @@ func removePins(r *Record) error {
 		}
 	}
 	return nil
-}
-
-// labels are the SELinux labels of the pod's processes and mounts; empty where
-// SELinux is off (CRI SELinuxOption).
-func labels(r *Record) (process, mount string, err error) {
-	if !selinux.GetEnabled() {
-		return "", "", nil
-	}
-	var options []string
-	o := r.Config.GetLinux().GetSecurityContext().GetSelinuxOptions()
-	for key, value := range map[string]string{
-		"user": o.GetUser(), "role": o.GetRole(), "type": o.GetType(), "level": o.GetLevel(),
-	} {
-		if value != "" {
-			options = append(options, key+":"+value)
-		}
-	}
-	process, mount, err = label.InitLabels(options)
-	if err != nil {
-		return "", "", fmt.Errorf("linux.security_context.selinux_options: %w", err)
-	}
-	return process, mount, nil
-}
-
-// reserveLabels keeps every other pod from getting the labels of this one.
-func reserveLabels(r *Record) {
-	if r.ProcessLabel != "" {
-		selinux.ReserveLabel(r.ProcessLabel)
-	}
-}
-
-// releaseLabels lets another pod have the labels.
-func releaseLabels(r *Record) {
-	if r.ProcessLabel != "" {
-		selinux.ReleaseLabel(r.ProcessLabel)
-	}
 }
 
 // userPin is where a pod's user namespace is pinned until infra is in it, which

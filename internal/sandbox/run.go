@@ -65,7 +65,7 @@ func (m *Manager) run(ctx context.Context, cfg *runtime.PodSandboxConfig, handle
 	defer unlock()
 
 	s := m.all.Add(r)
-	process, mountLabel, err := labels(r)
+	process, mountLabel, err := Labels(cfg.GetLinux().GetSecurityContext().GetSelinuxOptions(), "")
 	if err == nil {
 		err = m.all.Update(s, func(r *Record) { r.ProcessLabel, r.MountLabel = process, mountLabel })
 	}
@@ -124,6 +124,9 @@ func (m *Manager) build(ctx context.Context, s *Sandbox) error {
 		}
 	}
 	if err := m.writeHosts(r, network.IPs); err != nil {
+		return err
+	}
+	if err := Relabel(m.dir(r.ID), r.MountLabel); err != nil {
 		return err
 	}
 	return m.all.Move(s, Ready, func(r *Record) {
@@ -194,6 +197,9 @@ func (m *Manager) startInfra(ctx context.Context, r *Record) (monitor.Process, e
 	})
 	if err != nil {
 		return monitor.Process{}, fmt.Errorf("describe infra container: %w", err)
+	}
+	if err := m.saveSpec(r.ID, oci); err != nil {
+		return monitor.Process{}, err
 	}
 	p, err := m.Monitor.Start(ctx, monitor.StartRequest{ID: r.ID, Spec: oci, Discard: true})
 	if err != nil {

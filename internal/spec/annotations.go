@@ -50,6 +50,10 @@ func containerAnnotations(c Container) map[string]string {
 	return a
 }
 
+// SandboxImage is the image that an infra container was described with; "" is the
+// embedded pause.
+func SandboxImage(infra *specs.Spec) string { return infra.Annotations[annotationSandboxImage] }
+
 // The annotations that name an RDT or blockio class. Kubernetes has no fields
 // for them; containerd and CRI-O read the same annotations.
 const (

@@ -133,6 +133,9 @@ func infraUser(sc *runtime.LinuxSandboxSecurityContext, user specs.User) specs.U
 		user.GID = uint32(sc.GetRunAsGroup().GetValue())
 	}
 	var groups []uint32
+	if sc.GetSupplementalGroupsPolicy() == runtime.SupplementalGroupsPolicy_Merge {
+		groups = slices.Clone(user.AdditionalGids)
+	}
 	for _, g := range sc.GetSupplementalGroups() {
 		groups = append(groups, uint32(g))
 	}

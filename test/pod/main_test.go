@@ -14,6 +14,7 @@
 //	restart_test.go    the daemon's plain restart and kill
 //	retry_test.go      repeated and retried calls
 //	userns_test.go     P2: the pod's user namespace
+//	fields_test.go     fields of the configs that no other file is about
 //	list_test.go       lists and streams of any length
 //	events_test.go     GetContainerEvents
 //	node_test.go       readiness, handlers, what crictl shows
