@@ -83,7 +83,7 @@ func (p *pod) container(ctx context.Context, t timer, name string) error {
 			PodSandboxId: p.sandbox, SandboxConfig: p.config,
 			Config: &runtime.ContainerConfig{
 				Metadata: &runtime.ContainerMetadata{Name: name},
-				Image:    &runtime.ImageSpec{Image: images.Busybox},
+				Image:    &runtime.ImageSpec{Image: images.Busybox, UserSpecifiedImage: images.Busybox},
 				Command:  []string{"sleep", "100000"},
 				LogPath:  name + ".log",
 				Linux: &runtime.LinuxContainerConfig{

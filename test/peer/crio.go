@@ -62,11 +62,16 @@ enable_nri = false
 	}
 	err = prepare(place, c)
 	for name, text := range map[string]string{
-		"crio.conf": config, "registries.conf": registries,
-		"policy.json": `{"default": [{"type": "insecureAcceptAnything"}]}`,
+		"crio.conf": config,
+		// CRI-O has no setting for it, but takes the user's before the system's.
+		".config/containers/registries.conf": registries,
+		"policy.json":                        `{"default": [{"type": "insecureAcceptAnything"}]}`,
 		// Without one CRI-O reads the system's.
-		"storage.conf": "[storage]\ndriver = \"overlay\"\n",
+		"storage.conf": fmt.Sprintf("[storage]\ndriver = \"overlay\"\ngraphroot = %q\nrunroot = %q\n", place.Path("root"), place.Path("storage")),
 	} {
+		if err == nil {
+			err = os.MkdirAll(filepath.Dir(place.Path(name)), 0o755)
+		}
 		if err == nil {
 			err = os.WriteFile(place.Path(name), []byte(text), 0o644)
 		}
@@ -76,7 +81,7 @@ enable_nri = false
 	}
 	cmd := exec.Command(filepath.Join(dir, "crio"), "--config", place.Path("crio.conf"), "--config-dir", "")
 	cmd.Env = append(os.Environ(), "PATH="+dir+":"+os.Getenv("PATH"),
-		"CONTAINERS_REGISTRIES_CONF="+place.Path("registries.conf"), "CONTAINERS_STORAGE_CONF="+place.Path("storage.conf"))
+		"HOME="+place.Dir, "CONTAINERS_STORAGE_CONF="+place.Path("storage.conf"))
 	cmd.Stdout, cmd.Stderr = c.Log, c.Log
 	return start(ctx, place, cmd)
 }
