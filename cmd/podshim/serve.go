@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 
+	"github.com/podshim/podshim/internal/boot"
 	"github.com/podshim/podshim/internal/cni"
 	"github.com/podshim/podshim/internal/config"
 	"github.com/podshim/podshim/internal/container"
@@ -48,7 +49,7 @@ const (
 // down in reverse. Containers run on.
 func serve(ctx context.Context, cfg *config.Config, log *logrus.Logger) (err error) {
 	streaming.RouteKlog(log.WithField("part", "streaming"))
-	d := &parts{cfg: cfg, log: log}
+	d := &parts{cfg: cfg, log: log, started: time.Now()}
 	defer func() { err = errors.Join(err, d.close()) }()
 	if err := d.build(ctx); err != nil {
 		return err
@@ -80,6 +81,9 @@ type parts struct {
 	cfg *config.Config
 	log *logrus.Logger
 
+	started    time.Time
+	boot       boot.Last
+	records    *state.Store
 	host       spec.Host
 	handlers   map[string]spec.Handler
 	sandboxes  *sandbox.Manager
@@ -115,12 +119,14 @@ func (d *parts) build(ctx context.Context) error {
 	}{
 		{"make directories", d.makeDirs},
 		{"run directory", d.lockRun},
+		{"last boot", d.readBoot},
 		{"look at this machine", d.lookAtHost},
 		{"images", d.openImages},
 		{"network", d.openNetwork},
 		{"monitor", d.openMonitor},
 		{"stats", d.openStats},
 		{"pods", d.openPods},
+		{"mark the boot", d.markBoot},
 		{"serve CRI", d.openServer},
 	} {
 		start := time.Now()
@@ -172,6 +178,19 @@ func (d *parts) lockRun(context.Context) error {
 	}
 	_, err = fmt.Fprintln(lock, os.Getpid())
 	return err
+}
+
+func (d *parts) readBoot(context.Context) (err error) {
+	d.boot, err = boot.Read(d.root("boot"))
+	return err
+}
+
+// markBoot tells the next daemon that this one ran in this boot; not before it knows
+// everything that the last one left. That it has ended in order is true, and
+// written, when all other parts are down.
+func (d *parts) markBoot(context.Context) error {
+	d.closers = append([]func() error{func() error { return d.boot.MarkStopped(d.root("boot")) }}, d.closers...)
+	return d.boot.MarkStarted(d.root("boot"))
 }
 
 func (d *parts) lookAtHost(context.Context) (err error) {
@@ -242,13 +261,14 @@ func (d *parts) openMonitor(ctx context.Context) error {
 // openPods reads what pods there are and goes on with them where the last
 // podshim has left off.
 func (d *parts) openPods(context.Context) error {
-	records, err := state.Open(state.Config{
-		Database: d.root("state.db"), RunDir: d.run("state"), Log: d.entry("state"),
+	var err error
+	d.records, err = state.Open(state.Config{
+		Database: d.root("state.db"), RunDir: d.run("state"), Boot: d.boot, Log: d.entry("state"),
 	})
 	if err != nil {
 		return err
 	}
-	d.onClose(records.Close)
+	d.onClose(d.records.Close)
 	exits, stop := context.WithCancel(context.Background())
 	// Taken down after the managers: what they wait for are exits.
 	d.onClose(func() error {
@@ -268,7 +288,7 @@ func (d *parts) openPods(context.Context) error {
 		OperationLimit: operationLimit,
 		Host:           d.host,
 		Handlers:       d.handlers,
-		Records:        records,
+		Records:        d.records,
 		Monitor:        d.monitor,
 		Network:        d.network,
 		Infra:          infra,
@@ -286,7 +306,7 @@ func (d *parts) openPods(context.Context) error {
 		ExecSyncLimit:  d.cfg.CRI.ExecSyncOutputLimit,
 		Host:           d.host,
 		Handlers:       d.handlers,
-		Records:        records,
+		Records:        d.records,
 		Monitor:        d.monitor,
 		Images:         d.images,
 		Sandboxes:      d.sandboxes,
@@ -378,30 +398,37 @@ func (d *parts) pod(id string) (*sandbox.Record, []*container.Record) {
 // collectNetworks gives back the addresses of pods that no record knows: those
 // of a power cut's last moment. Nothing waits for it.
 func (d *parts) collectNetworks(ctx context.Context) {
-	if d.sandboxes.Unreadable() {
-		d.log.Warn("the networks of unknown pods are not given back: they may be those of unreadable records")
+	ids, more := d.records.Damage(state.Sandboxes)
+	if more {
+		d.log.Warn("the networks of unknown pods are not given back: they may be those of damaged records")
 		return
+	}
+	pods := d.sandboxes.Networked()
+	for _, id := range ids {
+		pods = append(pods, cni.Pod{ID: id})
 	}
 	ctx, cancel := context.WithTimeout(ctx, collectLimit)
 	defer cancel()
-	if err := d.network.GC(ctx, d.sandboxes.Networked()); err != nil && ctx.Err() == nil {
+	if err := d.network.GC(ctx, pods); err != nil && ctx.Err() == nil {
 		d.log.WithError(err).Warn("give back the networks of unknown pods")
 	}
 }
 
 // removeStrangers ends what the monitor runs and no record knows: a record is
-// written before its container is started, so these are of a removed one. Nothing
-// waits for it, since what it kills may be beyond killing.
+// written before its container is started, so these are of a removed one. It does
+// not wait longer than collectLimit, since what it kills may be beyond killing.
 func (d *parts) removeStrangers(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, collectLimit)
+	defer cancel()
+	var kills sync.WaitGroup
+	defer kills.Wait()
 	for _, s := range d.monitor.List() {
-		if d.sandboxes.Owns(s.ID) || d.containers.Owns(s.ID) {
+		log := d.log.WithField("container", s.ID)
+		if d.owned(s.ID, log) {
 			continue
 		}
-		log := d.log.WithField("container", s.ID)
 		log.Warn("podmon runs a container that no record knows: removing it")
-		d.events.Go(func() {
-			ctx, cancel := context.WithTimeout(ctx, collectLimit)
-			defer cancel()
+		kills.Go(func() {
 			if err := d.monitor.Delete(ctx, s.ID); err != nil {
 				log.WithError(err).Error("remove unknown container")
 			}

@@ -109,10 +109,13 @@ func (m *Manager) abandon(ctx context.Context, c *Container) error {
 // the containers their grace before (CRI StopPodSandbox).
 func (m *Manager) StopPod(ctx context.Context, sandboxID string) error {
 	s, err := m.Sandboxes.Quiesce(ctx, sandboxID, "stopped")
-	if err != nil || s == nil {
+	if err != nil {
 		return err
 	}
-	id := s.Get().ID
+	id := sandboxID // of containers whose sandbox's record is lost
+	if s != nil {
+		id = s.Get().ID
+	}
 	var g errgroup.Group
 	for _, c := range m.all.In(id) {
 		g.Go(func() error { return m.stopNow(ctx, c) })
@@ -143,14 +146,12 @@ func (m *Manager) RemovePod(ctx context.Context, sandboxID string) error {
 	if err := m.StopPod(ctx, sandboxID); err != nil {
 		return err
 	}
-	s, err := m.Sandboxes.Get(sandboxID)
-	if errdefs.IsNotFound(err) {
-		return nil
-	}
-	if err != nil {
+	id := sandboxID
+	if s, err := m.Sandboxes.Get(sandboxID); err == nil {
+		id = s.Get().ID
+	} else if !errdefs.IsNotFound(err) {
 		return err
 	}
-	id := s.Get().ID
 	var g errgroup.Group
 	for _, c := range m.all.In(id) {
 		g.Go(func() error { return m.Remove(ctx, c.Get().ID) })

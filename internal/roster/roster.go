@@ -20,6 +20,9 @@ package roster
 
 import (
 	"context"
+	"fmt"
+	"maps"
+	"slices"
 	"sync"
 	"sync/atomic"
 
@@ -126,6 +129,9 @@ func (r *Roster[R, S]) Load(recheck func(*Entry[R]) error) error {
 	c := &r.cfg.Class
 	for id, raw := range r.cfg.Records.Take(c.Kind) {
 		rec, err := c.Decode(raw)
+		if err == nil && c.Fields(rec).ID != id {
+			err = fmt.Errorf("it is the record of %q", c.Fields(rec).ID)
+		}
 		if err != nil {
 			r.cfg.Log.WithError(err).WithField("id", id).Errorf("the record of a %s cannot be read: what it stands for is left alone", c.Noun)
 			r.unreadable[id] = true
@@ -244,11 +250,11 @@ func (r *Roster[R, S]) Owns(id string) bool {
 	return r.byID[id] != nil || r.unreadable[id]
 }
 
-// Unreadable tells whether there are records that cannot be read.
-func (r *Roster[R, S]) Unreadable() bool {
+// Unreadable returns the IDs of the records that cannot be read.
+func (r *Roster[R, S]) Unreadable() []string {
 	r.mu.RLock()
 	defer r.mu.RUnlock()
-	return len(r.unreadable) > 0
+	return slices.Collect(maps.Keys(r.unreadable))
 }
 
 // Reserve takes the record's name, or returns the ID of the entry that has it,

@@ -182,7 +182,7 @@ func TestLoad(t *testing.T) {
 	if !slices.Equal(rechecked, []string{"up"}) {
 		t.Errorf("compared %q with the machine", rechecked)
 	}
-	if !r.Owns("bad") || !r.Unreadable() || r.Exact("bad") != nil {
+	if !r.Owns("bad") || len(r.Unreadable()) != 1 || r.Exact("bad") != nil {
 		t.Error("a record that cannot be read stands for nothing")
 	}
 	if got := r.Exact("making").Get(); got.State != "ended" || !got.Failed || got.Why == "" {

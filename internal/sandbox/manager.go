@@ -142,7 +142,8 @@ func (m *Manager) Get(id string) (*Sandbox, error) {
 func (m *Manager) List() []*Record { return m.all.Visible(m.all.All()) }
 
 // Networked returns the pods whose network is not given back yet, for the CNI
-// plugins to know what of theirs is still in use.
+// plugins to know what of theirs is still in use. Of those whose records cannot be
+// read it has the IDs alone.
 func (m *Manager) Networked() []cni.Pod {
 	var pods []cni.Pod
 	for _, s := range m.all.All() {
@@ -154,16 +155,15 @@ func (m *Manager) Networked() []cni.Pod {
 			pods = append(pods, pod)
 		}
 	}
+	for _, id := range m.all.Unreadable() {
+		pods = append(pods, cni.Pod{ID: id})
+	}
 	return pods
 }
 
 // Owns tells whether id is a sandbox, also one that is being made or whose record
 // cannot be read.
 func (m *Manager) Owns(id string) bool { return m.all.Owns(id) }
-
-// Unreadable tells whether there are records that cannot be read: then nobody
-// knows all that the pods of this node hold.
-func (m *Manager) Unreadable() bool { return m.all.Unreadable() }
 
 // Exited takes note that an infra container has ended.
 func (m *Manager) Exited(ctx context.Context, e monitor.Event) error {

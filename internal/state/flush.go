@@ -5,37 +5,61 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"path/filepath"
 	"runtime/debug"
 	"time"
 
+	"github.com/sirupsen/logrus"
 	bolt "go.etcd.io/bbolt"
 )
 
 // openDatabase opens or makes the database and reads its records.
 func (s *Store) openDatabase(path string) error {
-	err := s.readDatabase(path)
+	err := s.checkThere(path)
+	if err == nil {
+		err = s.readDatabase(path)
+	}
 	if err == nil {
 		return nil
 	}
 	if errors.Is(err, errBusy) {
 		return fmt.Errorf("open %s: another podshim has it open; each needs a root directory of its own", path)
 	}
-	if _, serr := os.Stat(path); serr != nil {
+	if _, serr := os.Stat(path); serr != nil && !errors.Is(err, errEmpty) {
 		return fmt.Errorf("open %s: %w", path, classify(err))
 	}
-	aside := path + ".damaged-" + time.Now().UTC().Format("20060102T150405Z")
-	s.log.WithError(err).WithField("kept_as", aside).
-		Error("the state database is damaged: making a new one from the run directory")
 	clear(s.records)
+	s.damagedDB = make(map[key][]byte)
 	s.seq = 0
-	if err := os.Rename(path, aside); err != nil {
-		return fmt.Errorf("set the damaged database aside: %w", err)
+	if err := s.aside.database(path, err); err != nil {
+		return err
 	}
 	if err := s.readDatabase(path); err != nil {
 		return fmt.Errorf("open %s: %w", path, classify(err))
 	}
 	return nil
 }
+
+// checkThere fails when there is nothing where a database was, which bbolt would
+// take for a new one.
+func (s *Store) checkThere(path string) error {
+	st, err := os.Stat(path)
+	switch {
+	case err == nil && st.Size() > 0:
+		return nil
+	case err == nil:
+		return fmt.Errorf("%w: of 0 bytes", errEmpty)
+	case errors.Is(err, os.ErrNotExist) && !s.aside.boot.Known:
+		return nil // the first start
+	case errors.Is(err, os.ErrNotExist):
+		return fmt.Errorf("%w: gone", errEmpty)
+	default:
+		return err
+	}
+}
+
+// errEmpty is a database that is not there any more.
+var errEmpty = errors.New("database is empty")
 
 // errBusy is the lock of the database held by another process.
 var errBusy = errors.New("database is locked")
@@ -79,9 +103,8 @@ func (s *Store) readDatabase(path string) (err error) {
 		for _, kind := range kinds {
 			err := tx.Bucket([]byte(kind)).ForEach(func(id, raw []byte) error {
 				e, err := decode(raw)
-				if err != nil {
-					s.log.WithError(err).WithField("record", string(kind)+"/"+string(id)).
-						Error("a record of the state database is damaged: left out")
+				if err != nil || !isID(string(id)) {
+					s.damagedDB[key{kind, string(id)}] = append([]byte(nil), raw...)
 					return nil
 				}
 				s.records[key{kind, string(id)}] = e
@@ -102,13 +125,22 @@ func (s *Store) readDatabase(path string) (err error) {
 }
 
 // mergeRunDir takes from the run directory what is later than the database's,
-// and gives it what it lacks.
+// and gives it what it lacks. What is damaged in one place the other one heals; if
+// in both, it is set aside.
 func (s *Store) mergeRunDir() error {
+	damaged := s.damagedDB
+	s.damagedDB = nil
+	for k := range damaged {
+		s.dirty[k] = struct{}{} // written anew from the run directory, or deleted
+	}
 	here := make(map[key]bool)
 	for _, kind := range kinds {
-		found, err := s.readRun(kind)
+		found, bad, err := s.readRun(kind)
 		if err != nil {
 			return err
+		}
+		for id, raw := range bad {
+			damaged[key{kind, id}] = raw // the later of the two
 		}
 		for id, e := range found {
 			k := key{kind, id}
@@ -122,8 +154,24 @@ func (s *Store) mergeRunDir() error {
 			s.seq = max(s.seq, e.seq)
 		}
 	}
+	for k, raw := range damaged {
+		if e, whole := s.records[k]; whole {
+			s.log.WithFields(logrus.Fields{"record": string(k.kind) + "/" + k.id, "deleted": e.deleted}).
+				Warn("one of the two copies of a record is damaged: the other one is used")
+			continue
+		}
+		if err := s.aside.record(k, raw); err != nil {
+			s.log.WithError(err).Error("a damaged record cannot be set aside: it stays where it is, and what it stands for is left alone")
+			delete(s.dirty, k)
+			s.lose(k)
+			continue
+		}
+		s.seq++
+		s.records[k] = entry{seq: s.seq, deleted: true}
+		s.dirty[k] = struct{}{}
+	}
 	for k, e := range s.records {
-		if here[k] {
+		if here[k] || !isID(k.id) {
 			continue
 		}
 		if err := s.writeRun(k, e); err != nil {
@@ -203,6 +251,9 @@ func (s *Store) flush() error {
 	s.flushed.Broadcast()
 	s.mu.Unlock()
 	for _, k := range buried {
+		if !isID(k.id) && filepath.Base(k.id) != k.id {
+			continue // a name that only a damaged database can have
+		}
 		// IDs are never used twice, so no later record can be hit.
 		if err := os.Remove(s.runPath(k)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			s.log.WithError(err).Warn("a deleted record's file stays in the run directory")

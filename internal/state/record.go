@@ -78,38 +78,34 @@ func (s *Store) writeRun(k key, e entry) error {
 	return os.Rename(path+partial, path)
 }
 
-// readRun reads the run directory's copies; damaged ones are said and left out,
-// half-written ones removed.
-func (s *Store) readRun(kind Kind) (map[string]entry, error) {
+// readRun reads the run directory's copies, and what there cannot be read;
+// half-written ones, whose Put has not returned, are removed.
+func (s *Store) readRun(kind Kind) (found map[string]entry, bad map[string][]byte, err error) {
 	dir := filepath.Join(s.runDir, string(kind))
 	files, err := os.ReadDir(dir)
 	if err != nil {
-		return nil, fmt.Errorf("read records: %w", err)
+		return nil, nil, fmt.Errorf("read records: %w", err)
 	}
-	found := make(map[string]entry, len(files))
+	found, bad = make(map[string]entry, len(files)), make(map[string][]byte)
 	for _, f := range files {
 		path := filepath.Join(dir, f.Name())
 		if strings.HasSuffix(f.Name(), partial) {
 			if err := removeIfThere(path); err != nil {
-				return nil, fmt.Errorf("remove half-written record: %w", err)
+				return nil, nil, fmt.Errorf("remove half-written record: %w", err)
 			}
 			continue
 		}
 		raw, err := os.ReadFile(path)
 		if err != nil {
-			return nil, fmt.Errorf("read record: %w", err)
+			return nil, nil, fmt.Errorf("read record: %w", err)
 		}
-		e, err := decode(raw)
-		if err != nil {
-			s.log.WithError(err).WithField("file", path).Error("a record of the run directory is damaged: left out")
-			if err := removeIfThere(path); err != nil {
-				return nil, fmt.Errorf("remove damaged record: %w", err)
-			}
-			continue
+		if e, err := decode(raw); err != nil || !isID(f.Name()) {
+			bad[f.Name()] = raw
+		} else {
+			found[f.Name()] = e
 		}
-		found[f.Name()] = e
 	}
-	return found, nil
+	return found, bad, nil
 }
 
 func removeIfThere(path string) error {

@@ -8,9 +8,20 @@
 // last few milliseconds, whose processes it took too.
 //
 // Each copy also stands in for the other. With an emptied run directory the
-// database has every record; with a damaged database, which is set aside and
-// made anew, the run directory has them all as long as the machine is up. Where
-// both know a record the later one counts, by a sequence number.
+// database has every record; with a damaged database, which is made anew, the run
+// directory has them all as long as the machine is up. Where both know a record the
+// later one counts, by a sequence number.
+//
+// # Damage
+//
+// A record that is damaged in one place and whole in the other costs nothing. What
+// is lost is kept as it is found, for a human to look at, beside the database in
+//
+//	damaged/<boot ID>/<kind>-<ID>      one record
+//	damaged/<boot ID>/<anything else>  nobody knows whose: a whole database, say
+//
+// As long as the file is there and the machine has not been restarted, Lost tells
+// that what has no record may be what the lost one stood for.
 package state
 
 import (
@@ -25,6 +36,8 @@ import (
 	"github.com/sirupsen/logrus"
 	bolt "go.etcd.io/bbolt"
 	"golang.org/x/sys/unix"
+
+	"github.com/podshim/podshim/internal/boot"
 )
 
 // Kind is a family of records, a bucket of the database and a folder of the run
@@ -43,6 +56,7 @@ var kinds = []Kind{Sandboxes, Containers}
 type Config struct {
 	Database string // file, e.g. /var/lib/podshim/state.db
 	RunDir   string // folder of this package's own, e.g. /run/podshim/state
+	Boot     boot.Last
 	Log      *logrus.Entry
 }
 
@@ -50,8 +64,13 @@ type Config struct {
 // the caller orders the changes of one record (a lock per ID).
 type Store struct {
 	runDir string
+	aside  aside
 	log    *logrus.Entry
 	db     *bolt.DB
+	// damagedDB are the database's records that cannot be read; only during Open.
+	damagedDB map[key][]byte
+	lost      map[key]bool // records that are damaged, and whose things may run
+	any       bool         // records may be lost that nobody knows the IDs of
 
 	mu      sync.Mutex // guards what follows
 	seq     uint64
@@ -71,17 +90,20 @@ type key struct {
 	id   string
 }
 
-// Open reads all records. A damaged database is renamed to "NAME.damaged-TIME"
-// and said in the log; what the run directory knows is kept.
+// Open reads all records. Of what is damaged the whole copy is used; without one it
+// is set aside, and said in the log.
 func Open(cfg Config) (*Store, error) {
 	s := &Store{
-		runDir:  cfg.RunDir,
-		log:     cfg.Log,
-		records: make(map[key]entry),
-		dirty:   make(map[key]struct{}),
-		taken:   make(map[Kind]bool),
-		wake:    make(chan struct{}, 1),
-		done:    make(chan struct{}),
+		runDir:    cfg.RunDir,
+		aside:     aside{filepath.Join(filepath.Dir(cfg.Database), "damaged"), cfg.Boot, cfg.Log},
+		log:       cfg.Log,
+		lost:      make(map[key]bool),
+		damagedDB: make(map[key][]byte),
+		records:   make(map[key]entry),
+		dirty:     make(map[key]struct{}),
+		taken:     make(map[Kind]bool),
+		wake:      make(chan struct{}, 1),
+		done:      make(chan struct{}),
 	}
 	s.flushed = sync.NewCond(&s.mu)
 	for _, kind := range kinds {
@@ -96,6 +118,9 @@ func Open(cfg Config) (*Store, error) {
 		return nil, err
 	}
 	if err := s.mergeRunDir(); err != nil {
+		return nil, errors.Join(err, s.db.Close())
+	}
+	if err := s.readAside(); err != nil {
 		return nil, errors.Join(err, s.db.Close())
 	}
 	go s.flusher()
@@ -120,6 +145,31 @@ func (s *Store) Take(kind Kind) map[string][]byte {
 		}
 	}
 	return all
+}
+
+// Lost tells whether the thing called id, which no record knows, may be what a
+// damaged record stood for: then it may run, and has to be left alone.
+func (s *Store) Lost(id string) bool {
+	if s.any {
+		return true
+	}
+	for _, kind := range kinds {
+		if s.lost[key{kind, id}] {
+			return true
+		}
+	}
+	return false
+}
+
+// Damage returns the IDs of the lost records of a kind, and whether there may be
+// more of them.
+func (s *Store) Damage(kind Kind) (ids []string, more bool) {
+	for k := range s.lost {
+		if k.kind == kind {
+			ids = append(ids, k.id)
+		}
+	}
+	return ids, s.any
 }
 
 // Put makes value the record of id. When it returns nil the record outlives the

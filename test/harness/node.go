@@ -94,6 +94,8 @@ type daemon struct {
 	podmon string
 	conn   *grpc.ClientConn
 	logs   *os.File
+	// logStart is how long the log was when the daemon was last started.
+	logStart int
 
 	mu      sync.Mutex
 	process *exec.Cmd
@@ -357,6 +359,7 @@ func (d *daemon) spawn(program string) error {
 		return err
 	}
 	defer cgroup.Close()
+	d.logStart = len(d.Log())
 	cmd := exec.Command(program, "--config", dir(d, "config.toml"))
 	cmd.Stdout, cmd.Stderr = d.logs, d.logs
 	cmd.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(cgroup.Fd()), Setpgid: true}
@@ -504,6 +507,24 @@ func (n *Node) Restart() {
 func (d *daemon) Log() string {
 	data, _ := os.ReadFile(dir(d, "podshim.log"))
 	return string(data)
+}
+
+// WaitLog returns when the daemon has logged a line with all the parts since it was
+// last started: what it does in the background has no other event.
+func (n *Node) WaitLog(parts ...string) {
+	n.t.Helper()
+	if !n.ask(func() bool { return n.logged(parts) }) {
+		n.t.Fatalf("no line with %q after %v\n%s", parts, Limit, n.tail(40))
+	}
+}
+
+func (d *daemon) logged(parts []string) bool {
+	for line := range strings.Lines(d.Log()[d.logStart:]) {
+		if !slices.ContainsFunc(parts, func(p string) bool { return !strings.Contains(line, p) }) {
+			return true
+		}
+	}
+	return false
 }
 
 // tail is the end of the daemon's log; with ids, of the lines that name one.

@@ -1,0 +1,251 @@
+package fault
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/moby/sys/mountinfo"
+	bolt "go.etcd.io/bbolt"
+
+	"github.com/podshim/podshim/test/harness"
+)
+
+// spoilRecord damages both copies of a record, as a failing disk and memory would.
+// No daemon runs.
+func spoilRecord(t *testing.T, n *harness.Node, kind, id string) {
+	t.Helper()
+	file := filepath.Join(n.RunDir, "state", kind, id)
+	raw, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(file, raw[:len(raw)/2], 0o600); err != nil {
+		t.Fatal(err)
+	}
+	db, err := bolt.Open(filepath.Join(n.Root, "state.db"), 0o600, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer db.Close()
+	err = db.Update(func(tx *bolt.Tx) error {
+		b := tx.Bucket([]byte(kind))
+		raw := append([]byte(nil), b.Get([]byte(id))...)
+		if len(raw) == 0 {
+			t.Errorf("the database has no record of %s %s", kind, id)
+		}
+		clear(raw[len(raw)/2:])
+		return b.Put([]byte(id), raw)
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// holding is what a pod and its container have on this machine.
+type holding struct {
+	n        *harness.Node
+	pod      *harness.Pod
+	c        *harness.Container
+	infra    harness.Process
+	process  harness.Process
+	ip       string
+	pin      string
+	snapshot string // the writable layer's directory
+}
+
+func hold(t *testing.T, n *harness.Node) holding {
+	t.Helper()
+	h := holding{n: n, pod: n.RunPod()}
+	h.c = h.pod.Run([]string{"sleep", "100000"})
+	h.infra, h.process = h.pod.Infra(), h.c.Process()
+	h.ip = h.pod.Status().GetNetwork().GetIp()
+	h.pin = filepath.Join(n.NetnsDir, "podshim-"+h.pod.ID[:16])
+	h.snapshot = filepath.Dir(upperDir(t, filepath.Join(n.RunDir, "containers", h.c.ID, "rootfs")))
+	return h
+}
+
+// upperDir is the writable layer of what is mounted at path.
+func upperDir(t *testing.T, path string) string {
+	t.Helper()
+	mounts, err := mountinfo.GetMounts(mountinfo.SingleEntryFilter(path))
+	if err != nil || len(mounts) != 1 {
+		t.Fatalf("mounts at %s: %v, %v", path, mounts, err)
+	}
+	for _, o := range strings.Split(mounts[0].VFSOptions, ",") {
+		if dir, ok := strings.CutPrefix(o, "upperdir="); ok {
+			return dir
+		}
+	}
+	t.Fatalf("%s has no upperdir: %s", path, mounts[0].VFSOptions)
+	return ""
+}
+
+// reserved tells whether host-local holds the pod's address.
+func (h holding) reserved() bool {
+	_, err := os.Stat(filepath.Join(h.n.IPAM, h.n.Name, h.ip))
+	return err == nil
+}
+
+// untouched checks that nothing was taken from it.
+func (h holding) untouched(t *testing.T) {
+	t.Helper()
+	if !h.infra.Alive() || !h.process.Alive() {
+		t.Errorf("processes: infra alive %t, container alive %t", h.infra.Alive(), h.process.Alive())
+	}
+	if !h.reserved() {
+		t.Errorf("the address %s is not reserved any more", h.ip)
+	}
+	for _, path := range []string{h.pin, h.snapshot, filepath.Join(h.n.RunDir, "containers", h.c.ID, "rootfs", "bin"), filepath.Join(h.n.Root, "sandboxes", h.pod.ID)} {
+		if _, err := os.Stat(path); err != nil {
+			t.Errorf("taken away: %v", err)
+		}
+	}
+}
+
+// gone waits until all of it is given back.
+func (h holding) gone(t *testing.T) {
+	t.Helper()
+	for _, p := range []harness.Process{h.infra, h.process} {
+		if err := p.WaitGone(harness.Limit); err != nil {
+			t.Error(err)
+		}
+	}
+	for _, path := range []string{h.pin, h.snapshot, filepath.Join(h.n.RunDir, "containers", h.c.ID), filepath.Join(h.n.Root, "sandboxes", h.pod.ID), filepath.Join(h.n.IPAM, h.n.Name, h.ip)} {
+		if err := harness.WaitNoFile(path); err != nil {
+			t.Errorf("%s is still there: %v", path, err)
+		}
+	}
+}
+
+// A pod whose record and a container whose record are damaged in both places run on
+// with all that they have, over any number of restarts, until somebody says
+// otherwise. The records beside them lose nothing.
+func TestDamagedRecordsKeepWhatTheyStandFor(t *testing.T) {
+	harness.NeedRoot(t)
+	t.Parallel()
+	n := harness.Start(t, harness.Options{})
+	container, pod, whole := hold(t, n), hold(t, n), hold(t, n)
+	n.Stop()
+	spoilRecord(t, n, "containers", container.c.ID)
+	spoilRecord(t, n, "sandboxes", pod.pod.ID)
+	for range 2 {
+		n.Resume()
+		// The last things that the start looks at.
+		n.WaitLog("it is left alone", "snapshot="+container.c.ID)
+		n.WaitLog("it is left alone", "namespace="+pod.pin)
+		for _, h := range []holding{container, pod, whole} {
+			h.untouched(t)
+		}
+		if got := whole.c.Output("echo", "works"); got != "works" {
+			t.Errorf("the container with a record: %q", got)
+		}
+		hold(t, n) // and so do new ones
+		n.Stop()
+	}
+	kept, err := filepath.Glob(filepath.Join(n.Root, "damaged", "*", "*"))
+	if err != nil || len(kept) != 2 {
+		t.Fatalf("set aside are %q, %v", kept, err)
+	}
+	for _, path := range kept {
+		if !strings.Contains(n.Log(), path) {
+			t.Errorf("the log does not say that %s is kept", path)
+		}
+		if err := os.Remove(path); err != nil {
+			t.Fatal(err)
+		}
+	}
+	n.Resume()
+	if err := container.process.WaitGone(harness.Limit); err != nil {
+		t.Errorf("a container that was given up: %v", err)
+	}
+	// Its container has a record, and keeps the pod's namespace.
+	n.WaitLog("processes are in it", "namespace="+pod.pin)
+	if err := pod.pod.StopAndRemove(); err != nil {
+		t.Error(err)
+	}
+	n.Restart()
+	pod.gone(t)
+	whole.untouched(t)
+}
+
+// The database is damaged and the run directory empty: no pod is known, and all run
+// on.
+func TestAllRecordsAreLost(t *testing.T) {
+	harness.NeedRoot(t)
+	t.Parallel()
+	n := harness.Start(t, harness.Options{})
+	lost := hold(t, n)
+	n.Kill()
+	if err := os.WriteFile(filepath.Join(n.Root, "state.db"), make([]byte, 32<<10), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.RemoveAll(filepath.Join(n.RunDir, "state")); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		n.Resume()
+		n.WaitLog("it is left alone", "snapshot="+lost.c.ID)
+		lost.untouched(t)
+		hold(t, n).untouched(t)
+		n.Kill()
+	}
+	if err := os.RemoveAll(filepath.Join(n.Root, "damaged")); err != nil {
+		t.Fatal(err)
+	}
+	n.Resume()
+	lost.gone(t)
+}
+
+// One of the two places is enough.
+func TestDamagedDatabaseOrEmptyRunDirectory(t *testing.T) {
+	harness.NeedRoot(t)
+	t.Parallel()
+	for what, spoil := range map[string]func(n *harness.Node) error{
+		"zeroed database":    func(n *harness.Node) error { return os.WriteFile(n.Root+"/state.db", make([]byte, 32<<10), 0o600) },
+		"truncated database": func(n *harness.Node) error { return os.Truncate(n.Root+"/state.db", 5000) },
+		"empty database":     func(n *harness.Node) error { return os.Truncate(n.Root+"/state.db", 0) },
+		"no records in the run directory": func(n *harness.Node) error {
+			return os.RemoveAll(n.RunDir + "/state")
+		},
+		"half-written records": func(n *harness.Node) error {
+			for _, kind := range []string{"containers", "sandboxes"} {
+				files, err := filepath.Glob(n.RunDir + "/state/" + kind + "/*")
+				if err != nil {
+					return err
+				}
+				for _, f := range files {
+					if err := os.Truncate(f, 7); err != nil {
+						return err
+					}
+					if err := os.WriteFile(f+".partial", []byte("half"), 0o600); err != nil {
+						return err
+					}
+				}
+			}
+			return nil
+		},
+	} {
+		t.Run(what, func(t *testing.T) {
+			n := harness.Start(t, harness.Options{})
+			h := hold(t, n)
+			n.Stop()
+			if err := spoil(n); err != nil {
+				t.Fatal(err)
+			}
+			n.Resume()
+			h.untouched(t)
+			if got := h.c.Output("echo", "works"); got != "works" {
+				t.Errorf("exec: %q", got)
+			}
+			if again := h.c.Process(); again.PID != h.process.PID || again.StartTime != h.process.StartTime {
+				t.Errorf("its process was %v, is %v", h.process, again)
+			}
+			if err := h.pod.StopAndRemove(); err != nil {
+				t.Fatal(err)
+			}
+			h.gone(t)
+		})
+	}
+}
