@@ -38,21 +38,34 @@ func (m *Manager) Stop(ctx context.Context, id string, grace time.Duration) erro
 		return nil
 	}
 	if grace > 0 {
-		if err := m.Monitor.Signal(ctx, r.ID, r.StopSignal, false); err != nil && !errdefs.IsNotFound(err) {
-			return fmt.Errorf("stop container %s with %s: %w", r.ID, r.StopSignal, err)
-		}
-		timer := time.NewTimer(grace)
-		defer timer.Stop()
-		select {
-		case <-c.Done():
-			return nil
-		case <-timer.C:
-			m.log(r).WithField("grace", grace).Info("container did not end within its grace: killing it")
-		case <-ctx.Done():
-			return context.Cause(ctx)
+		if ended, err := m.ask(ctx, c, grace); err != nil || ended {
+			return err
 		}
 	}
 	return m.kill(ctx, c)
+}
+
+// ask sends a container its stop signal and waits until it has ended. Both have
+// the grace in all: a process that cannot take the signal yet, because its program
+// comes from a disk that hangs, is not waited for any longer than one that will not.
+func (m *Manager) ask(ctx context.Context, c *Container, grace time.Duration) (ended bool, err error) {
+	r := c.Get()
+	within, cancel := context.WithTimeout(ctx, grace)
+	defer cancel()
+	err = m.Monitor.Signal(within, r.ID, r.StopSignal, false)
+	if err != nil && !errdefs.IsNotFound(err) && within.Err() == nil {
+		return false, fmt.Errorf("stop container %s with %s: %w", r.ID, r.StopSignal, err)
+	}
+	select {
+	case <-c.Done():
+		return true, nil
+	case <-within.Done():
+	}
+	if ctx.Err() != nil {
+		return false, context.Cause(ctx)
+	}
+	m.log(r).WithField("grace", grace).Info("container did not end within its grace: killing it")
+	return false, nil
 }
 
 // kill ends every process of a container and waits for its end to be published.
