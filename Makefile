@@ -106,7 +106,7 @@ vm: build tools ## test/pod in a Debian VM: cgroup v2 and systemd, where this ma
 	@test/vm/disk.sh _artifacts/vm
 	@payload=$$(mktemp -d) && trap 'rm -rf "$$payload"' EXIT && \
 	mkdir "$$payload/bin" "$$payload/tools" && cp $(BIN)/podshim $(BIN)/podmon "$$payload/bin" && \
-	find $(TOOLS) -maxdepth 1 -type f ! -name critest ! -name kubelet -exec cp {} "$$payload/tools" \; && \
+	find $(TOOLS)/ -maxdepth 1 -type f ! -name critest ! -name kubelet -exec cp {} "$$payload/tools" \; && \
 	CGO_ENABLED=0 go test -c -ldflags '-s -w' -o "$$payload/pod.test" ./test/pod && \
 	cp test/vm/guest.sh "$$payload" && \
 	printf "DRIVERS='%s' ARGS='%s'\n" '$(or $(DRIVERS),cgroupfs systemd)' '$(ARGS)' >"$$payload/settings" && \

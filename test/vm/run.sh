@@ -17,5 +17,5 @@ qemu-system-x86_64 -accel tcg,thread=multi -cpu max -smp "${VM_CPUS:-2}" -m "${V
 	-nographic -nodefaults -no-reboot -serial stdio -snapshot \
 	-drive "file=$vm/system.ext4,format=raw,if=virtio" -drive "file=$disk,format=raw,if=virtio" \
 	-kernel "$vm/vmlinuz" -initrd "$vm/initrd.img" \
-	-append "root=/dev/vda rw console=ttyS0 quiet systemd.show_status=false panic=-1 ${VM_APPEND:-}" </dev/null | tee "$log"
+	-append "root=/dev/vda rw console=ttyS0 quiet systemd.show_status=false systemd.mask=serial-getty@ttyS0.service panic=-1 ${VM_APPEND:-}" </dev/null | tee "$log"
 grep -q '^vm: exit 0 exited' "$log"
