@@ -33,7 +33,7 @@ type Monitor interface {
 	Console(id string) (*os.File, error)
 	CloseStdin(ctx context.Context, id string) error
 	ReopenLog(ctx context.Context, id string) error
-	Update(ctx context.Context, id string, r *specs.LinuxResources) error
+	Update(ctx context.Context, id string, r *specs.LinuxResources, adj *int) error
 	List() []monitor.Status
 }
 

@@ -3,15 +3,12 @@ package container
 import (
 	"context"
 	"fmt"
-	"os"
 	"slices"
-	"strconv"
 
 	"github.com/containerd/errdefs"
 	"google.golang.org/protobuf/proto"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	"github.com/podshim/podshim/internal/monitor"
 	"github.com/podshim/podshim/internal/spec"
 )
 
@@ -39,25 +36,25 @@ func (m *Manager) UpdateResources(ctx context.Context, id string, want *runtime.
 	if err != nil {
 		return err
 	}
+	var adj *int
+	if want.GetOomScoreAdj() != 0 {
+		adj = spec.OOMScoreAdj(want, m.Host)
+		oci.Process.OOMScoreAdj = adj
+	}
 	if r.State == Running {
-		if err := m.Monitor.Update(ctx, r.ID, resources); err != nil {
+		if err := m.Monitor.Update(ctx, r.ID, resources, adj); err != nil {
 			return fmt.Errorf("update resources of container %s: %w", r.ID, err)
-		}
-		if want.GetOomScoreAdj() != 0 {
-			if err := setOOMScore(r.Process, spec.OOMScoreAdj(want, m.Host)); err != nil {
-				return err
-			}
 		}
 	}
 	oci.Linux.Resources = resources
-	if adj := spec.OOMScoreAdj(want, m.Host); adj != nil && want.GetOomScoreAdj() != 0 {
-		oci.Process.OOMScoreAdj = adj
-	}
 	if err := m.saveSpec(r.ID, oci); err != nil {
 		return err
 	}
 	return m.all.Update(c, func(r *Record) {
 		r.Resources = merge(r.CurrentResources(), want)
+		if m := resources.Memory; m != nil && m.Swap != nil && r.Resources.GetMemorySwapLimitInBytes() != 0 {
+			r.Resources.MemorySwapLimitInBytes = *m.Swap // moved with the memory limit
+		}
 	})
 }
 
@@ -77,19 +74,6 @@ func merge(old, want *runtime.LinuxContainerResources) *runtime.LinuxContainerRe
 		}
 	}
 	return out
-}
-
-// setOOMScore gives a running container another score (CRI oom_score_adj; 0 leaves
-// it). Its first process has it at once, and what that starts from then on.
-func setOOMScore(p monitor.Process, adj *int) error {
-	if adj == nil || !p.Alive() {
-		return nil
-	}
-	path := fmt.Sprintf("/proc/%d/oom_score_adj", p.PID)
-	if err := os.WriteFile(path, []byte(strconv.Itoa(*adj)), 0); err != nil {
-		return fmt.Errorf("linux.oom_score_adj: %w", err)
-	}
-	return nil
 }
 
 // ReopenLog makes the log's writer open its file anew, after kubelet has moved

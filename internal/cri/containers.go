@@ -243,6 +243,9 @@ func (s *runtimeService) UpdateContainerResources(ctx context.Context, req *runt
 	if req.GetWindows() != nil {
 		return nil, fmt.Errorf("windows: this is Linux: %w", errdefs.ErrInvalidArgument)
 	}
+	if len(req.GetAnnotations()) > 0 {
+		return nil, fmt.Errorf("annotations: podshim knows none that change resources: %w", errdefs.ErrNotImplemented)
+	}
 	if req.GetLinux() == nil {
 		return nil, fmt.Errorf("linux: is missing: %w", errdefs.ErrInvalidArgument)
 	}

@@ -3,10 +3,12 @@ package cri
 import (
 	"context"
 	"encoding/json"
+	"fmt"
 	"slices"
 	"strings"
 	"time"
 
+	"github.com/containerd/errdefs"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/podshim/podshim/internal/sandbox"
@@ -42,6 +44,21 @@ func (s *runtimeService) RemovePodSandbox(ctx context.Context, req *runtime.Remo
 		return nil, err
 	}
 	return &runtime.RemovePodSandboxResponse{}, nil
+}
+
+// UpdatePodSandboxResources notes what a pod may use, and holds it to that where
+// its cgroup is podshim's own.
+func (s *runtimeService) UpdatePodSandboxResources(ctx context.Context, req *runtime.UpdatePodSandboxResourcesRequest) (*runtime.UpdatePodSandboxResourcesResponse, error) {
+	if err := required("pod_sandbox_id", req.GetPodSandboxId()); err != nil {
+		return nil, err
+	}
+	if req.GetOverhead() == nil && req.GetResources() == nil {
+		return nil, fmt.Errorf("resources: overhead and resources are missing: %w", errdefs.ErrInvalidArgument)
+	}
+	if err := s.Sandboxes.UpdateResources(ctx, req.GetPodSandboxId(), req.GetOverhead(), req.GetResources()); err != nil {
+		return nil, err
+	}
+	return &runtime.UpdatePodSandboxResourcesResponse{}, nil
 }
 
 // PodSandboxStatus tells all of one sandbox, and of its containers.
@@ -161,7 +178,7 @@ func (s *runtimeService) sandboxInfo(r *sandbox.Record) (map[string]string, erro
 		NetNS: r.Netns, NetNSClosed: r.Released,
 		CgroupParent:   r.CgroupParent,
 		RuntimeHandler: r.Handler, RuntimeType: runtimeName,
-		Config: r.Config, CNIResult: r.NetworkResult,
+		Config: r.CurrentConfig(), CNIResult: r.NetworkResult,
 	}
 	if r.State == sandbox.Ready {
 		d.PID, d.ProcessStatus = r.Infra.PID, "running"

@@ -465,12 +465,13 @@ func (m *Monitor) ReopenLog(ctx context.Context, id string) error {
 	return m.do(ctx, id, wire.OpReopenLog, wire.Ref{ID: id})
 }
 
-// Update changes a running container's resources; what r leaves out stays.
-func (m *Monitor) Update(ctx context.Context, id string, r *specs.LinuxResources) error {
+// Update changes a running container's resources, and the oom_score_adj of its
+// processes; what r leaves out stays, and the score with a nil adj.
+func (m *Monitor) Update(ctx context.Context, id string, r *specs.LinuxResources, adj *int) error {
 	if err := m.known(id); err != nil {
 		return err
 	}
-	return m.do(ctx, id, wire.OpUpdate, wire.Update{ID: id, Resources: r})
+	return m.do(ctx, id, wire.OpUpdate, wire.Update{ID: id, Resources: r, OOMScoreAdj: adj})
 }
 
 // List returns every container the monitors hold, the exited ones with their exit.

@@ -541,7 +541,7 @@ func TestUpdate(t *testing.T) {
 	limit, quota, period := int64(64<<20), int64(50000), uint64(100000)
 	must(t, m.Update(t.Context(), id, &specs.LinuxResources{
 		Memory: &specs.LinuxMemory{Limit: &limit}, CPU: &specs.LinuxCPU{Quota: &quota, Period: &period},
-	}))
+	}, nil))
 	for file, want := range map[string]string{"memory/%s/memory.limit_in_bytes": "67108864", "cpu/%s/cpu.cfs_quota_us": "50000"} {
 		path := "/sys/fs/cgroup/" + fmt.Sprintf(file, strings.Trim(m.cgroup, "/")+"/"+id)
 		if got := strings.TrimSpace(readFile(t, path)); got != want {

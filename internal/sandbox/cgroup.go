@@ -39,15 +39,24 @@ func (m *Manager) checkCgroupParent(parent string) error {
 	return fmt.Errorf("%s: %q is a systemd slice, and podshim's cgroup driver is cgroupfs: set the client's cgroup driver to cgroupfs: %w", field, parent, errdefs.ErrInvalidArgument)
 }
 
-// removeCgroup removes a pod's own cgroup; the gone is success.
-func (m *Manager) removeCgroup(parent string) error {
+// cgroup is a pod's own cgroup.
+func (m *Manager) cgroup(parent string) (cgroups.Manager, error) {
 	cg := &cgroups.Cgroup{Path: parent, Resources: &cgroups.Resources{}}
 	if m.Host.SystemdCgroup {
 		cg = &cgroups.Cgroup{Name: path.Base(parent), Parent: "-.slice", Systemd: true, Resources: &cgroups.Resources{}}
 	}
 	cm, err := manager.New(cg)
 	if err != nil {
-		return fmt.Errorf("cgroup %s: %w", parent, err)
+		return nil, fmt.Errorf("cgroup %s: %w", parent, err)
+	}
+	return cm, nil
+}
+
+// removeCgroup removes a pod's own cgroup; the gone is success.
+func (m *Manager) removeCgroup(parent string) error {
+	cm, err := m.cgroup(parent)
+	if err != nil {
+		return err
 	}
 	if err := cm.Destroy(); err != nil {
 		if errors.Is(err, unix.EBUSY) {

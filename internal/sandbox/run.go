@@ -91,6 +91,9 @@ func (m *Manager) build(ctx context.Context, s *Sandbox) error {
 	if err := m.makeNamespaces(r); err != nil {
 		return err
 	}
+	if err := m.makeCgroup(r); err != nil {
+		return err
+	}
 	// The network needs the namespace alone, so that it is set up while the
 	// infra container starts: the two longest steps, side by side.
 	var (

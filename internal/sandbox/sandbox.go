@@ -49,8 +49,11 @@ type Record struct {
 	// Config is kubelet's own words, kept whole.
 	Config    *runtime.PodSandboxConfig `json:"-"`
 	RawConfig []byte                    `json:"config"`
-	CreatedAt time.Time                 `json:"created_at"`
-	State     State                     `json:"state"`
+	// Updated has the resources and overhead in force, if they were changed.
+	Updated    *runtime.LinuxPodSandboxConfig `json:"-"`
+	RawUpdated []byte                         `json:"updated,omitempty"`
+	CreatedAt  time.Time                      `json:"created_at"`
+	State      State                          `json:"state"`
 	// Reason says why the sandbox is not ready, for operators.
 	Reason string `json:"reason,omitempty"`
 
@@ -117,6 +120,11 @@ func (r *Record) encode() ([]byte, error) {
 	}
 	c := *r
 	c.RawConfig = raw
+	if r.Updated != nil {
+		if c.RawUpdated, err = proto.Marshal(r.Updated); err != nil {
+			return nil, fmt.Errorf("encode sandbox resources: %w", err)
+		}
+	}
 	return json.Marshal(&c)
 }
 
@@ -129,6 +137,12 @@ func decode(raw []byte) (*Record, error) {
 	if err := proto.Unmarshal(r.RawConfig, r.Config); err != nil {
 		return nil, fmt.Errorf("decode sandbox config: %w", err)
 	}
-	r.RawConfig = nil
+	if r.RawUpdated != nil {
+		r.Updated = new(runtime.LinuxPodSandboxConfig)
+		if err := proto.Unmarshal(r.RawUpdated, r.Updated); err != nil {
+			return nil, fmt.Errorf("decode sandbox resources: %w", err)
+		}
+	}
+	r.RawConfig, r.RawUpdated = nil, nil
 	return &r, nil
 }

@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"path"
 	"slices"
+	"strconv"
 	"strings"
 	"unicode"
 	"unicode/utf8"
@@ -59,6 +60,15 @@ func ValidatePod(config *runtime.PodSandboxConfig) error {
 		func() error { return validateSELinux("linux.security_context.selinux_options", sc.GetSelinuxOptions()) },
 		func() error { return validateResources("linux.overhead", config.GetLinux().GetOverhead()) },
 		func() error { return validateResources("linux.resources", config.GetLinux().GetResources()) },
+	)
+}
+
+// ValidatePodResources refuses resources of a pod that make no sense on any
+// machine (CRI UpdatePodSandboxResourcesRequest); nil is none.
+func ValidatePodResources(overhead, resources *runtime.LinuxContainerResources) error {
+	return firstError(
+		func() error { return validateResources("overhead", overhead) },
+		func() error { return validateResources("resources", resources) },
 	)
 }
 
@@ -668,8 +678,8 @@ func validateResources(field string, r *runtime.LinuxContainerResources) error {
 		return invalid(field+".cpu_quota", "%d us is below the kernel's 1000", q)
 	}
 	for name, s := range map[string]string{".cpuset_cpus": r.GetCpusetCpus(), ".cpuset_mems": r.GetCpusetMems()} {
-		if strings.Trim(s, "0123456789,-") != "" {
-			return invalid(field+name, "%q is not a list of numbers and ranges", s)
+		if !isNumberList(s) {
+			return invalid(field+name, "%q is not a list of numbers and ranges such as 0-2,5", s)
 		}
 	}
 	sizes := make(map[string]bool)
@@ -684,6 +694,25 @@ func validateResources(field string, r *runtime.LinuxContainerResources) error {
 		sizes[h.GetPageSize()] = true
 	}
 	return validateUnified(field, r)
+}
+
+// isNumberList tells whether s is a list as cpuset files hold it; empty is none.
+func isNumberList(s string) bool {
+	if s == "" {
+		return true
+	}
+	for part := range strings.SplitSeq(s, ",") {
+		first, last, ranged := strings.Cut(part, "-")
+		if !ranged {
+			last = first
+		}
+		a, errA := strconv.ParseUint(first, 10, 16)
+		b, errB := strconv.ParseUint(last, 10, 16)
+		if errA != nil || errB != nil || a > b {
+			return false
+		}
+	}
+	return true
 }
 
 // validateUnified holds keys to names of cgroup files: "memory.high", never a path.

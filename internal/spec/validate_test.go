@@ -278,3 +278,14 @@ func TestRROUnsupported(t *testing.T) {
 	_, err := ForContainer(c)
 	refused(t, err, errdefs.ErrFailedPrecondition, "RROUnsupported")
 }
+
+func TestNumberLists(t *testing.T) {
+	for s, want := range map[string]bool{
+		"": true, "0": true, "0-3": true, "0-2,5,7-7": true,
+		"1-0": false, "-": false, "1-": false, ",": false, "0,": false, "a": false, "0-1-2": false, " 0": false, "99999999": false,
+	} {
+		if got := isNumberList(s); got != want {
+			t.Errorf("%q: %v, want %v", s, got, want)
+		}
+	}
+}

@@ -133,8 +133,10 @@ type ExecRef struct {
 	Signal int    `json:"signal,omitempty"`
 }
 
-// Update changes a container's cgroup limits.
+// Update changes a container's cgroup limits, and its processes' oom_score_adj
+// unless that is nil.
 type Update struct {
-	ID        string                `json:"id"`
-	Resources *specs.LinuxResources `json:"resources"`
+	ID          string                `json:"id"`
+	Resources   *specs.LinuxResources `json:"resources"`
+	OOMScoreAdj *int                  `json:"oom_score_adj,omitempty"`
 }

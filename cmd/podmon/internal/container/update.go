@@ -1,6 +1,7 @@
 package container
 
 import (
+	"errors"
 	"fmt"
 
 	"github.com/opencontainers/runc/libcontainer/specconv"
@@ -9,9 +10,10 @@ import (
 	"github.com/podshim/podshim/internal/monitor/wire"
 )
 
-// Update changes the limits that r sets and leaves the others as they are.
-// Devices are never touched.
-func (c *Container) Update(r *specs.LinuxResources) error {
+// Update changes the limits that r sets, and with adj the processes'
+// oom_score_adj, and leaves the others as they are. Devices are never touched. An
+// error has changed nothing.
+func (c *Container) Update(r *specs.LinuxResources, adj *int) error {
 	if r == nil {
 		return wire.Errorf(wire.ClassInvalid, "update: no resources")
 	}
@@ -31,7 +33,8 @@ func (c *Container) Update(r *specs.LinuxResources) error {
 	}
 	config := c.lc.Config()
 	cgroup := *config.Cgroups
-	resources := *cgroup.Resources
+	before := *cgroup.Resources
+	resources := before
 	cgroup.Resources = &resources
 	config.Cgroups = &cgroup
 	from := parsed.Resources
@@ -79,13 +82,36 @@ func (c *Container) Update(r *specs.LinuxResources) error {
 	if len(r.Unified) > 0 {
 		resources.Unified = from.Unified
 	}
+	if resources.Memory != before.Memory {
+		if err := checkShrink(c.cgroup.Path(""), resources.Memory); err != nil {
+			return err
+		}
+	}
+	score := 0
+	if adj != nil {
+		if score, err = c.setOOMScore(*adj); err != nil {
+			return err
+		}
+	}
+	files := c.save(r)
 	resources.SkipDevices = true
 	err = c.lc.Set(config)
+	if err != nil {
+		cgroup.Resources = undo(before, &resources)
+		back := errors.Join(c.lc.Set(config), files.restore())
+		if adj != nil {
+			_, oomErr := c.setOOMScore(score)
+			back = errors.Join(back, oomErr)
+		}
+		if back != nil {
+			c.log().WithError(back).Error("limits that were refused are not all taken back")
+		}
+	}
 	// libcontainer starts nothing in a container that skips devices, and keeps
 	// what it was given.
-	resources.SkipDevices = false
+	cgroup.Resources.SkipDevices = false
 	if err != nil {
-		return fmt.Errorf("update: %w", err)
+		return fmt.Errorf("update: %w", refused(err, r))
 	}
 	return nil
 }

@@ -524,7 +524,7 @@ func (ss *session) update(ctx context.Context, req, _ *wire.Message) (any, error
 	if err != nil {
 		return nil, err
 	}
-	return nil, c.Update(r.Resources)
+	return nil, c.Update(r.Resources, r.OOMScoreAdj)
 }
 
 func (ss *session) release(ctx context.Context, req, _ *wire.Message) (any, error) {
