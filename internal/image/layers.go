@@ -4,8 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"sync"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/core/snapshots/storage"
@@ -163,12 +165,45 @@ func (s *Store) collectOne(ctx context.Context, name string) (parent string, rem
 	return "", false, err
 }
 
-// free deletes the directories of removed snapshots.
+// free deletes the directories of removed snapshots. Those that cannot be deleted
+// now the sweeper tries again.
 func (s *Store) free(ctx context.Context) error {
-	if err := s.sn.(snapshots.Cleaner).Cleanup(ctx); err != nil {
+	err := s.sn.(snapshots.Cleaner).Cleanup(ctx)
+	if err != nil {
 		return fmt.Errorf("free removed snapshots: %w", err)
 	}
+	left, err := s.removedDirs(ctx) // Cleanup does not say what it could not delete
+	if err != nil {
+		return fmt.Errorf("free removed snapshots: %w", err)
+	}
+	if len(left) > 0 {
+		s.log.WithField("directories", left).Warn("removed snapshots could not be deleted: will be tried again")
+		time.AfterFunc(retrySweep, s.freeSoon)
+	}
 	return nil
+}
+
+// retrySweep is how long the sweeper waits after a failure.
+const retrySweep = 10 * time.Second
+
+// removedDirs lists the directories of snapshots that there are no more.
+func (s *Store) removedDirs(ctx context.Context) (left []string, err error) {
+	root := filepath.Join(s.cfg.Root, "snapshots")
+	// For writing, so that no snapshot is being made.
+	err = s.meta.WithTransaction(ctx, true, func(ctx context.Context) error {
+		known, err := storage.IDMap(ctx)
+		if err != nil {
+			return err
+		}
+		dirs, err := os.ReadDir(root)
+		for _, d := range dirs {
+			if _, ok := known[d.Name()]; !ok {
+				left = append(left, filepath.Join(root, d.Name()))
+			}
+		}
+		return err
+	})
+	return left, err
 }
 
 // freeSoon has the sweeper do it: a container with a million files is removed as
