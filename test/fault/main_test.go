@@ -15,7 +15,10 @@ import (
 	"github.com/podshim/podshim/test/harness"
 )
 
-func TestMain(m *testing.M) { os.Exit(harness.Main(m, harness.Options{})) }
+func TestMain(m *testing.M) {
+	becomeTrapped() // in the process that is to be the daemon, does not return
+	os.Exit(harness.Main(m, harness.Options{}))
+}
 
 // times is how often a fault is repeated: all times, or few of them with -short.
 func times(all, few int) int {

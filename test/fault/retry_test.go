@@ -2,8 +2,10 @@ package fault
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -52,6 +54,44 @@ func TestRetryJoinsTheSlow(t *testing.T) {
 		t.Error(err)
 	}
 	w.wantOnly(before, "after the pod")
+}
+
+// The same of CreateContainer, whose snapshot takes long to be mounted.
+func TestRetryJoinsTheSlowCreate(t *testing.T) {
+	harness.NeedRoot(t)
+	trap := &trap{t: t}
+	n := harness.Start(t, harness.Options{Spawn: trap.spawn})
+	trap.n = n
+	s := &subject{n: n, config: n.PodConfig()}
+	s.sandbox = n.RunConfig(s.config, "").ID
+	before := lasting(n)
+	sprung, release := trap.arm("podshim mount RUN/containers/ID/rootfs", false)
+	slow := time.Duration(times(30, 3)) * time.Second
+	defer time.AfterFunc(slow, release).Stop()
+	defer release()
+	gaveUp := 0
+	for s.container == "" {
+		ctx, cancel := context.WithTimeout(n.Context(), slow/6)
+		err := s.createWithin(ctx)
+		cancel()
+		if err != nil && status.Code(err) != codes.DeadlineExceeded {
+			t.Fatalf("CreateContainer: %v", err)
+		}
+		if err != nil {
+			gaveUp++
+		}
+	}
+	if mounts := slices.Index(trap.disarm(), "podshim mount RUN/containers/ID/rootfs (2)"); !isClosed(sprung) || gaveUp == 0 || mounts >= 0 {
+		t.Errorf("the caller gave up %d times; mounted more than once: %v", gaveUp, mounts >= 0)
+	}
+	first := s.container
+	if err := s.create(); err != nil || s.container != first {
+		t.Errorf("asked again, the container is %s, and was %s: %v", s.container, first, err)
+	}
+	if err := errors.Join(s.start(), s.done("StartContainer"), s.remove()); err != nil {
+		t.Error(err)
+	}
+	(&steps{n: n}).nothingSince(t, before, "after the container")
 }
 
 // Stop and Remove of a pod and its containers succeed in any order, in any number

@@ -63,6 +63,9 @@ type Options struct {
 	PluginDirs []string
 	// PluginTimeout is how long a CNI plugin may run; "" is 20s.
 	PluginTimeout string
+	// Spawn starts the daemon's process, if not nil, instead of cmd.Start; the
+	// process must become the daemon.
+	Spawn func(cmd *exec.Cmd) error
 	// NoPull leaves the image store empty; otherwise Busybox is pulled.
 	NoPull bool
 }
@@ -365,7 +368,11 @@ func (d *daemon) spawn(program string) error {
 	cmd.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(cgroup.Fd()), Setpgid: true}
 	// Without any of the environment's proxies or config hints.
 	cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "HOME=/root"}
-	if err := cmd.Start(); err != nil {
+	start := cmd.Start
+	if d.opts.Spawn != nil {
+		start = func() error { return d.opts.Spawn(cmd) }
+	}
+	if err := start(); err != nil {
 		return err
 	}
 	exited := make(chan struct{})
@@ -493,6 +500,14 @@ func (n *Node) Launch() {
 	}
 	if err != nil {
 		n.t.Fatalf("start daemon again: %v", err)
+	}
+}
+
+// Await returns when the daemon answers, after Launch.
+func (n *Node) Await() {
+	n.t.Helper()
+	if err := n.waitAnswer(); err != nil {
+		n.t.Fatalf("start daemon again: %v\n%s", err, n.tail(40))
 	}
 }
 
