@@ -69,7 +69,12 @@ unit: ## Tests of the packages, as root where they need it
 .PHONY: pod
 pod: build tools ## Pods on a real podshim, seen by the kernel
 	@$(need) $(NEED_TEST)
-	PODSHIM_BIN_DIR=$(BIN) PODSHIM_TOOLS_DIR=$(TOOLS) go test -count=1 -timeout 20m ./test/harness/... ./test/pod/...
+	PODSHIM_BIN_DIR=$(BIN) PODSHIM_TOOLS_DIR=$(TOOLS) go test -count=1 -timeout 20m ./test/harness/... ./test/pod/... ./test/cricoverage/...
+
+.PHONY: cri-coverage
+cri-coverage: build tools ## Call every RPC of the CRI, set every field, and count (docs/cri.md)
+	@$(need) $(NEED_TEST)
+	@PODSHIM_BIN_DIR=$(BIN) PODSHIM_TOOLS_DIR=$(TOOLS) go test -count=1 -v ./test/cricoverage/... $(ARGS)
 
 .PHONY: fault
 fault: build tools ## Break things under a real podshim, at full length
