@@ -15,7 +15,6 @@ import (
 
 	"github.com/fsnotify/fsnotify"
 	"github.com/vishvananda/netlink"
-	"golang.org/x/sys/unix"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
@@ -392,39 +391,8 @@ func (d *daemon) snapshotDirs() []string {
 // destroy kills, unmounts and deletes whatever the node still has. Files are
 // deleted only when no mount is left below them.
 func (d *daemon) destroy() error {
-	for _, p := range d.processes() {
-		_ = p.Kill(unix.SIGKILL)
-		if err := p.WaitGone(10 * time.Second); err != nil {
-			return err
-		}
-	}
-	mounts := machineMounts()
-	for _, m := range slices.Backward(mounts) {
-		if strings.HasPrefix(m.Point, d.Dir+"/") {
-			if err := unix.Unmount(m.Point, unix.MNT_DETACH); err != nil {
-				return fmt.Errorf("unmount %s: %w", m.Point, err)
-			}
-		}
-	}
-	for _, name := range d.ports() {
-		if l, err := netlink.LinkByName(name); err == nil {
-			_ = netlink.LinkDel(l)
-		}
-	}
-	if l, err := netlink.LinkByName(d.Bridge); err == nil {
-		if err := netlink.LinkDel(l); err != nil {
-			return fmt.Errorf("delete bridge: %w", err)
-		}
-	}
-	if err := RemoveCgroup("/" + d.Name); err != nil {
+	if err := d.halt(d.Dir); err != nil {
 		return err
-	}
-	if Systemd {
-		for _, name := range []string{d.PodsCgroup, d.OwnCgroup, d.Name + ".slice"} {
-			if err := RemoveCgroup(name); err != nil {
-				return err
-			}
-		}
 	}
 	if d.logs != nil {
 		_ = d.logs.Close()

@@ -173,10 +173,8 @@ func (d *daemon) prepare() error {
 			return err
 		}
 	}
-	for _, path := range []string{"/" + d.Name + "/daemon", d.PodsCgroup} {
-		if err := MakeCgroup(path); err != nil {
-			return err
-		}
+	if err := d.makeCgroups(); err != nil {
+		return err
 	}
 	var err error
 	if d.Subnet, err = freeSubnet(); err != nil {
@@ -195,6 +193,15 @@ func (d *daemon) prepare() error {
 	}
 	d.logs, err = os.OpenFile(dir(d, "podshim.log"), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
 	return err
+}
+
+func (d *daemon) makeCgroups() error {
+	for _, path := range []string{"/" + d.Name + "/daemon", d.PodsCgroup} {
+		if err := MakeCgroup(path); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func dir(d *daemon, name string) string { return filepath.Join(d.Dir, name) }
