@@ -76,9 +76,9 @@ const maxEffort = 5 * time.Second
 //
 // A slow podmon must not be mistaken for a hung one: all containers' output would
 // stall for its replacement, on a machine that has no time for it. The request has
-// made a thread of it runnable, which stays so until it gets a CPU. So two looks in
-// a row that find nothing runnable find a process that has stopped or waits for
-// something else.
+// made a thread of it runnable, which stays so until it gets a CPU, or its memory.
+// So two looks in a row that find all of them asleep find a process that has stopped
+// or waits for something else.
 func (m *Monitor) expectAnswer(ctx context.Context, pid int, ask func(context.Context) error) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, m.o.PingLimit, errHangs)
 	defer cancel()
@@ -95,24 +95,28 @@ func (m *Monitor) expectAnswer(ctx context.Context, pid int, ask func(context.Co
 			}
 			return err
 		case <-look.C:
-			if runnable(pid) && cpuTime(pid)-before < maxEffort {
+			if wakeful(pid) && cpuTime(pid)-before < maxEffort {
 				idle = 0
 			} else if idle++; idle > 1 {
 				cancel()
 				if <-answer == nil {
 					return nil
 				}
-				return fmt.Errorf("no answer, and no wish for a CPU (state %s): %w", stateOf(pid), errHangs)
+				return fmt.Errorf("no answer, and nothing in it runs or wants to (state %s): %w", stateOf(pid), errHangs)
 			}
 			look.Reset(m.o.PingTimeout / 3)
 		}
 	}
 }
 
-// runnable tells whether a thread of the process runs or waits for a CPU.
-func runnable(pid int) bool {
+// wakeful tells whether a thread of the process runs, waits for a CPU, or sleeps as
+// it does for a page of memory.
+func wakeful(pid int) bool {
 	stats, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", pid))
-	return err == nil && slices.ContainsFunc(stats, func(path string) bool { return stateAt(path) == "R" })
+	return err == nil && slices.ContainsFunc(stats, func(path string) bool {
+		state := stateAt(path)
+		return state == "R" || state == "D"
+	})
 }
 
 // stateOf is the kernel's letter for what the process's first thread does.

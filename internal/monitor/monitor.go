@@ -48,7 +48,7 @@ type Options struct {
 	SystemdCgroup bool
 	// PingInterval is between two looks at whether a podmon answers. PingTimeout is
 	// how long one that does nothing may take, PingLimit one that works or waits for
-	// a CPU; it is replaced then. Zero is 2 s, 3 s and 30 s.
+	// a CPU; it is replaced then. Zero is 1 s, 2 s and 30 s.
 	PingInterval, PingTimeout, PingLimit time.Duration
 	Log                                  *logrus.Entry
 }
@@ -111,7 +111,7 @@ type held struct {
 // and come as Events.
 func New(ctx context.Context, o Options) (_ *Monitor, err error) {
 	for limit, usual := range map[*time.Duration]time.Duration{
-		&o.PingInterval: 2 * time.Second, &o.PingTimeout: 3 * time.Second, &o.PingLimit: 30 * time.Second,
+		&o.PingInterval: time.Second, &o.PingTimeout: 2 * time.Second, &o.PingLimit: 30 * time.Second,
 	} {
 		if *limit == 0 {
 			*limit = usual

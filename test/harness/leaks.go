@@ -300,9 +300,10 @@ func (d *daemon) end(t TB) {
 	}
 }
 
-// isMonitor tells podmon from containers: it never left the daemon's cgroup.
+// isMonitor tells podmon from containers, and from what it is about to make one of:
+// it never leaves the daemon's cgroup.
 func (d *daemon) isMonitor(p Process) bool {
-	return strings.Contains(p.Cgroup, "/"+d.Name+"/daemon\n") && strings.Contains(p.Read("cmdline"), "podmon")
+	return strings.Contains(p.Cgroup, "/"+d.Name+"/daemon\n") && strings.HasPrefix(p.Read("cmdline"), "podmon\x00serve\x00")
 }
 
 func (d *daemon) removeAllPods() error {
