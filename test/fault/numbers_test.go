@@ -13,8 +13,15 @@ import (
 
 // counter is a shell script that writes numbers, a line each, some thousand a second,
 // and ends with 33 at SIGTERM. Its output goes on to where to leads, such as ">&2".
-func counter(to string) string {
-	return "trap 'exit 33' TERM; i=0; while :; do seq $i $((i+199)) " + to + "; i=$((i+200)); usleep 20000; done"
+func counter(to string) string { return counting(to, 200, 20*time.Millisecond) }
+
+// idler is one that writes a few lines a second, for many containers at once: each
+// time costs two processes.
+var idler = counting("", 20, time.Second)
+
+func counting(to string, lines int, pause time.Duration) string {
+	return fmt.Sprintf("trap 'exit 33' TERM; i=0; while :; do seq $i $((i+%d)) %s; i=$((i+%d)); usleep %d; done",
+		lines-1, to, lines, pause.Microseconds())
 }
 
 // numbers is what a log holds of a stream of lines that begin with consecutive numbers.
@@ -102,7 +109,7 @@ func counted(t *testing.T, path, stream string) *numbers {
 	return n
 }
 
-// logs tells how a test's figures are read: with the name of the test before them.
+// figures is what a run has shown, for docs/reliability.md.
 func figures(t *testing.T, format string, args ...any) {
 	t.Helper()
 	t.Log("figures: " + strings.TrimSpace(fmt.Sprintf(format, args...)))
