@@ -29,8 +29,16 @@ import (
 )
 
 // Limit bounds every single wait and call of the harness: far more than any
-// should take on a loaded machine, far less than the test binary's own limit.
-const Limit = 60 * time.Second
+// should take on a loaded machine, far less than the test binary's own limit. The
+// environment variable PODSHIM_TEST_PATIENCE multiplies it, for emulated machines.
+var Limit = time.Duration(patience()) * 60 * time.Second
+
+func patience() int {
+	if n, err := strconv.Atoi(os.Getenv("PODSHIM_TEST_PATIENCE")); err == nil && n > 1 {
+		return n
+	}
+	return 1
+}
 
 // TB is what the harness needs of a test; [Main] has one that is no test.
 type TB interface {
@@ -61,7 +69,7 @@ type Options struct {
 	IPMasq bool
 	// PluginDirs are searched for CNI plugins before those of Tools.
 	PluginDirs []string
-	// PluginTimeout is how long a CNI plugin may run; "" is 20s.
+	// PluginTimeout is how long a CNI plugin may run; "" is a third of Limit.
 	PluginTimeout string
 	// Spawn starts the daemon's process, if not nil, instead of cmd.Start; the
 	// process must become the daemon.
@@ -305,7 +313,7 @@ certs_dirs = [%q]
 %s
 %s
 `, d.Root, d.RunDir, d.Socket, bin+"/podmon", driver, d.OwnCgroup, d.CNIConf, strings.Join(plugins, ", "), d.NetnsDir,
-		cmp.Or(d.opts.PluginTimeout, "20s"), d.opts.Network, d.CertsD,
+		cmp.Or(d.opts.PluginTimeout, (Limit/3).String()), d.opts.Network, d.CertsD,
 		d.opts.Image, d.opts.Runtime, d.opts.Config)
 	return os.WriteFile(dir(d, "config.toml"), []byte(conf), 0o600)
 }

@@ -2,6 +2,7 @@
 # guest.sh: what runs inside the virtual machine, from its second disk. See run.sh.
 cd /tmp
 export HOME=/root PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+export PODSHIM_TEST_PATIENCE=5
 export PODSHIM_BIN_DIR=/payload/bin PODSHIM_TOOLS_DIR=/payload/tools
 . /payload/settings
 echo "vm: $(uname -r), cgroup $(stat -fc %T /sys/fs/cgroup), AppArmor $(cat /sys/module/apparmor/parameters/enabled), $(systemctl --version | head -n 1)"
