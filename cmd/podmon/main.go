@@ -11,6 +11,11 @@
 // libcontainer starts containers by running this program again as "podmon init".
 package main
 
+// The number of CPUs is no matter of cgroups here, and "podmon init", which has one,
+// need not look for its own.
+//go:debug containermaxprocs=0
+//go:debug updatemaxprocs=0
+
 import (
 	"errors"
 	"fmt"

@@ -43,6 +43,7 @@ type Images interface {
 	Prepare(ctx context.Context, key string, img image.Image, opts ...image.SnapshotOpt) ([]mount.Mount, error)
 	View(ctx context.Context, key string, img image.Image, opts ...image.SnapshotOpt) ([]mount.Mount, error)
 	RemoveSnapshot(ctx context.Context, key string) error
+	DiscardSnapshot(key string)
 }
 
 // Config is what a Manager is made of.

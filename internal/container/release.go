@@ -68,8 +68,8 @@ func (m *Manager) release(ctx context.Context, r *Record) error {
 	}
 	if err := m.unmountRoot(r); err != nil {
 		errs = append(errs, err)
-	} else if err := m.Images.RemoveSnapshot(ctx, r.ID); err != nil {
-		errs = append(errs, fmt.Errorf("snapshot: %w", err))
+	} else {
+		m.Images.DiscardSnapshot(r.ID)
 	}
 	if len(errs) > 0 {
 		return errors.Join(errs...)

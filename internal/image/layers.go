@@ -215,6 +215,14 @@ func (s *Store) freeSoon() {
 	}
 }
 
+// sweepPause is how long the sweeper waits for more of what it was asked for: each
+// of its transactions costs the disk as much as many removals in one, and holds up
+// those that somebody waits for.
+const sweepPause = 200 * time.Millisecond
+
+// sweepRetry is how long it waits after a failure.
+const sweepRetry = time.Second
+
 func (s *Store) sweepLoop() {
 	defer s.sweeper.Done()
 	ctx := s.quiet(context.Background())
@@ -227,9 +235,14 @@ func (s *Store) sweepLoop() {
 				return
 			}
 		case <-s.sweep:
+			select {
+			case <-s.closing:
+			case <-time.After(sweepPause):
+			}
 		}
-		if err := s.free(ctx); err != nil {
-			s.log.WithError(err).Warn("disk space of removed snapshots is not free yet")
+		if err := errors.Join(s.removeDiscarded(ctx), s.free(ctx)); err != nil {
+			s.log.WithError(err).Warn("removed snapshots, or their disk space, are not all given back: will be tried again")
+			time.AfterFunc(sweepRetry, s.freeSoon)
 		}
 	}
 }

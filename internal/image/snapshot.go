@@ -2,6 +2,7 @@ package image
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strings"
 
@@ -111,6 +112,53 @@ func (s *Store) RemoveSnapshot(ctx context.Context, key string) error {
 	}
 	defer s.freeSoon()
 	return s.collectFrom(ctx, info.Parent)
+}
+
+// DiscardSnapshot is RemoveSnapshot for a caller that does not wait for the disk: it
+// returns at once, and the sweeper removes together what is discarded at about the
+// same time. It tries again what fails. What a crash keeps it from is among
+// Snapshots, for whoever knows that nothing needs it.
+func (s *Store) DiscardSnapshot(key string) {
+	s.discard.Lock()
+	s.discard.keys = append(s.discard.keys, key)
+	s.discard.Unlock()
+	s.freeSoon()
+}
+
+// removeDiscarded removes what was discarded, in one transaction.
+func (s *Store) removeDiscarded(ctx context.Context) error {
+	s.discard.Lock()
+	keys := s.discard.keys
+	s.discard.keys = nil
+	s.discard.Unlock()
+	if len(keys) == 0 {
+		return nil
+	}
+	parents := map[string]bool{}
+	err := s.meta.WithTransaction(ctx, true, func(ctx context.Context) error {
+		for _, key := range keys {
+			_, info, _, err := storage.GetInfo(ctx, userPrefix+key)
+			if err == nil {
+				_, _, err = storage.Remove(ctx, userPrefix+key)
+			}
+			if err != nil && !errdefs.IsNotFound(err) {
+				return fmt.Errorf("remove snapshot %s: %w", key, err)
+			}
+			parents[info.Parent] = true
+		}
+		return nil
+	})
+	if err != nil {
+		s.discard.Lock()
+		s.discard.keys = append(s.discard.keys, keys...)
+		s.discard.Unlock()
+		return err
+	}
+	var errs []error
+	for parent := range parents {
+		errs = append(errs, s.collectFrom(ctx, parent))
+	}
+	return errors.Join(errs...)
 }
 
 // Usage is what a snapshot's writable layer takes. It walks the layer, which

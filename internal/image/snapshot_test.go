@@ -96,6 +96,43 @@ func TestContainerKeepsItsLayersUntilItGoes(t *testing.T) {
 	}
 }
 
+func TestDiscardedSnapshotsAreGoneWhenTheStoreIsClosed(t *testing.T) {
+	ctx := context.Background()
+	needRoot(t)
+	cfg := testConfig(t, t.TempDir())
+	s, err := Open(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	img := mustPull(t, s, serve(t).push(t, "app:v1", imageOf(t, layerOf(t, file("a", "a")), layerOf(t, file("b", "b")))))
+	for _, key := range []string{"c1", "c2", "stays"} {
+		if _, err := s.Prepare(ctx, key, img); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, key := range []string{"c1", "never made", "c2", "c1"} {
+		s.DiscardSnapshot(key)
+	}
+	if _, err := s.Mounts(ctx, "stays"); err != nil {
+		t.Error(err)
+	}
+	again := func() {
+		closeStore(t, s)
+		if s, err = Open(cfg); err != nil {
+			t.Fatal(err)
+		}
+	}
+	again()
+	assertSnapshots(t, s, 3) // two layers and the one that stays
+	if err := s.Remove(ctx, img.ID); err != nil {
+		t.Fatal(err)
+	}
+	s.DiscardSnapshot("stays")
+	again()
+	assertEmpty(t, s)
+	closeStore(t, s)
+}
+
 func TestPrepareIsIdempotent(t *testing.T) {
 	ctx := context.Background()
 	s, img := pulledStore(t)

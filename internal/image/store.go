@@ -78,8 +78,12 @@ type Store struct {
 	pulls   flight.Group
 
 	closing chan struct{} // closed by Close: pulls in flight end
-	sweep   chan struct{} // asks the sweeper to free removed directories
+	sweep   chan struct{} // asks the sweeper to remove what is discarded and free its directories
 	sweeper sync.WaitGroup
+	discard struct {
+		sync.Mutex
+		keys []string // of snapshots that are to be removed
+	}
 }
 
 // Open opens the store under cfg.Root, makes it if there is none, and collects
