@@ -194,11 +194,16 @@ func (s *Store) nudge() {
 	}
 }
 
-// flusher carries changes to the database until wake is closed. What changes
-// while it writes goes into the next transaction.
+// flushPause is how long the flusher waits for more to come: a pod is recorded half a
+// dozen times on its way up, and each transaction costs the disk two flushes.
+const flushPause = 50 * time.Millisecond
+
+// flusher carries changes to the database until wake is closed: what changes while
+// it waits in one transaction, what changes while it writes in the next.
 func (s *Store) flusher() {
 	defer close(s.done)
 	for range s.wake {
+		time.Sleep(flushPause)
 		if err := s.flush(); err != nil {
 			s.log.WithError(err).Error("records are in the run directory only; the database will be tried again")
 			time.AfterFunc(retryFlush, s.nudge)

@@ -5,7 +5,7 @@
 // on tmpfs and no wait for a disk. A flusher then carries what has changed to a
 // bbolt database in the root directory, many records a transaction, so that the
 // records survive the machine as well: a power cut takes at most those of the
-// last few milliseconds, whose processes it took too.
+// last tenth of a second, whose processes it took too.
 //
 // Each copy also stands in for the other. With an emptied run directory the
 // database has every record; with a damaged database, which is made anew, the run
@@ -173,7 +173,7 @@ func (s *Store) Damage(kind Kind) (ids []string, more bool) {
 }
 
 // Put makes value the record of id. When it returns nil the record outlives the
-// daemon; the machine's end it outlives some milliseconds later (see Sync).
+// daemon; the machine's end it outlives a moment later (see Sync).
 // A full disk is ErrResourceExhausted.
 func (s *Store) Put(kind Kind, id string, value []byte) error {
 	return s.change(key{kind, id}, entry{value: value})
