@@ -31,8 +31,8 @@ type Output struct {
 // The command's own end is what counts: a process that it has left in the
 // background with its output open is not waited for. A timeout of 0 is none;
 // one that is over kills the command and is context.DeadlineExceeded, as kubelet
-// expects of a probe. Output beyond the limit kills it too, and is
-// ErrResourceExhausted.
+// expects of a probe. Output beyond the limit is thrown away and the command goes
+// on, as the CRI has it (ExecSyncResponse.stdout).
 func (m *Manager) ExecSync(ctx context.Context, id string, cmd []string, timeout time.Duration) (*Output, error) {
 	r, err := m.running(id)
 	if err != nil {
@@ -43,11 +43,7 @@ func (m *Manager) ExecSync(ctx context.Context, id string, cmd []string, timeout
 		ctx, cancel = context.WithTimeoutCause(ctx, timeout, fmt.Errorf("command did not end within %s: %w", timeout, context.DeadlineExceeded))
 		defer cancel()
 	}
-	ctx, stop := context.WithCancelCause(ctx)
-	defer stop(nil)
-	c := &collector{limit: int64(m.ExecSyncLimit), full: func() {
-		stop(fmt.Errorf("command wrote more than the %d bytes that are collected (exec_sync_output_limit): %w", m.ExecSyncLimit, errdefs.ErrResourceExhausted))
-	}}
+	c := &collector{limit: int64(m.ExecSyncLimit)}
 	stdout, err := c.stream()
 	if err != nil {
 		return nil, err
@@ -76,9 +72,6 @@ func (m *Manager) ExecSync(ctx context.Context, id string, cmd []string, timeout
 	stderr.finish()
 	if err != nil {
 		return nil, fmt.Errorf("exec in container %s: %w", r.ID, err)
-	}
-	if cause := context.Cause(ctx); cause != nil && errdefs.IsResourceExhausted(cause) {
-		return nil, fmt.Errorf("exec in container %s: %w", r.ID, cause)
 	}
 	return &Output{bytes.Join(stdout.parts, nil), bytes.Join(stderr.parts, nil), exit.Code}, nil
 }
@@ -122,7 +115,6 @@ func (m *Manager) running(id string) (*Record, error) {
 type collector struct {
 	limit int64
 	taken atomic.Int64
-	full  func()
 }
 
 // stream is one output of a command.
@@ -154,13 +146,12 @@ func (s *stream) start() {
 	})
 }
 
-// Write takes what is within the limit.
+// Write keeps what is within the limit.
 func (s *stream) Write(p []byte) (int, error) {
-	if s.c.taken.Add(int64(len(p))) > s.c.limit {
-		s.c.full()
-		return 0, io.ErrShortWrite
+	over := s.c.taken.Add(int64(len(p))) - s.c.limit
+	if keep := int64(len(p)) - max(0, over); keep > 0 {
+		s.parts = append(s.parts, bytes.Clone(p[:keep]))
 	}
-	s.parts = append(s.parts, bytes.Clone(p))
 	return len(p), nil
 }
 

@@ -14,6 +14,7 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/containerd/containerd/v2/plugins/snapshots/overlay/overlayutils"
 	"github.com/moby/sys/capability"
 	"github.com/opencontainers/selinux/go-selinux"
 	"golang.org/x/sys/unix"
@@ -168,8 +169,11 @@ func (r *reader) mounts(dir string) {
 	r.host.RRO = err == nil
 	r.say("RRO", r.host.RRO, "%s", because(err, "mount_setattr(2) works recursively"))
 	err = probeIDMap(dir)
+	if layers, layerErr := overlayutils.SupportsIDMappedMounts(); err == nil && !layers {
+		err = fmt.Errorf("overlayfs takes no id-mapped layers (Linux 5.19 does): %w", layerErr)
+	}
 	r.host.IDMapMounts = err == nil
-	r.say("IDMapMounts", r.host.IDMapMounts, "%s", because(err, "mounts of "+dir+" can be id-mapped"))
+	r.say("IDMapMounts", r.host.IDMapMounts, "%s", because(err, "mounts of "+dir+", and layers on it, can be id-mapped"))
 }
 
 func (r *reader) rest() {

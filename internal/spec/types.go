@@ -148,7 +148,8 @@ type Host struct {
 	NofileHard uint64
 	// RRO tells whether the kernel makes mounts recursively read-only (5.12).
 	RRO bool
-	// IDMapMounts tells whether mounts can be id-mapped (5.12 and the filesystem).
+	// IDMapMounts tells whether mounts can be id-mapped (5.12 and the filesystem),
+	// the layers of images among them (5.19).
 	IDMapMounts bool
 	// RDT tells whether resctrl is mounted and usable.
 	RDT bool

@@ -58,6 +58,8 @@ type Options struct {
 	Config string
 	// Runtime are lines for the table [runtime].
 	Runtime string
+	// CRI are lines for the table [cri].
+	CRI string
 	// Network are lines for the table [network].
 	Network string
 	// Image are lines for the table [image].
@@ -295,6 +297,7 @@ run = %q
 level = "debug"
 [cri]
 socket = %q
+%s
 [monitor]
 binary = %q
 [cgroup]
@@ -312,7 +315,7 @@ certs_dirs = [%q]
 [runtime]
 %s
 %s
-`, d.Root, d.RunDir, d.Socket, bin+"/podmon", driver, d.OwnCgroup, d.CNIConf, strings.Join(plugins, ", "), d.NetnsDir,
+`, d.Root, d.RunDir, d.Socket, d.opts.CRI, bin+"/podmon", driver, d.OwnCgroup, d.CNIConf, strings.Join(plugins, ", "), d.NetnsDir,
 		cmp.Or(d.opts.PluginTimeout, (Limit/3).String()), d.opts.Network, d.CertsD,
 		d.opts.Image, d.opts.Runtime, d.opts.Config)
 	return os.WriteFile(dir(d, "config.toml"), []byte(conf), 0o600)

@@ -196,19 +196,33 @@ func TestNodeAnswers(t *testing.T) {
 	}
 }
 
-// A runtime handler of the configuration selects its settings; the default one
-// stays as it is.
+// Runtime handlers of the configuration select their settings, each its own; the
+// default one stays as it is.
 func TestRuntimeHandler(t *testing.T) {
 	harness.NeedRoot(t)
 	t.Parallel()
-	n := harness.Start(t, harness.Options{Config: "[runtime.handlers.few-files]\nnofile_soft = 77\nnofile_hard = 88\n"})
+	n := harness.Start(t, harness.Options{Config: "[runtime.handlers.few-files]\nnofile_soft = 77\nnofile_hard = 88\n" +
+		"[runtime.handlers.bare]\ndefault_capabilities = [\"CAP_KILL\"]\n"})
 	few := n.RunConfig(n.PodConfig(), "few-files").Run(sleeper)
 	few.WaitLog("ready")
 	if limits := few.Process().Read("limits"); !strings.Contains(strings.Join(strings.Fields(limits), " "), "Max open files 77 88") {
 		t.Errorf("limits are\n%s", limits)
 	}
+	bare := n.RunConfig(n.PodConfig(), "bare").Run(sleeper)
+	bare.WaitLog("ready")
 	plain := n.RunPod().Run(sleeper)
 	plain.WaitLog("ready")
+	if got := bare.Process().Status("CapBnd"); got != fmt.Sprintf("%016x", 1<<unix.CAP_KILL) {
+		t.Errorf("the bare handler's capabilities are %s", got)
+	}
+	for name, c := range map[string]*harness.Container{"few-files": few, "default": plain} {
+		if got := c.Process().Status("CapBnd"); got == bare.Process().Status("CapBnd") {
+			t.Errorf("the %s handler has the bare one's capabilities", name)
+		}
+	}
+	if limits := bare.Process().Read("limits"); strings.Contains(strings.Join(strings.Fields(limits), " "), "Max open files 77 88") {
+		t.Error("the bare handler has the other's limits")
+	}
 	if limits := plain.Process().Read("limits"); strings.Contains(strings.Join(strings.Fields(limits), " "), "Max open files 77 88") {
 		t.Error("the default handler has the other's limits")
 	}
@@ -220,7 +234,7 @@ func TestRuntimeHandler(t *testing.T) {
 	for _, h := range s.RuntimeHandlers {
 		names = append(names, h.Name)
 	}
-	if joined := "|" + strings.Join(names, "|") + "|"; !strings.Contains(joined, "|few-files|") || !strings.Contains(joined, "||") {
+	if joined := "|" + strings.Join(names, "|") + "|"; !strings.Contains(joined, "|bare|few-files|") || !strings.Contains(joined, "||") {
 		t.Errorf("kubelet is told of handlers %q", names)
 	}
 }

@@ -1,6 +1,7 @@
 package pod
 
 import (
+	"fmt"
 	"slices"
 	"strconv"
 	"strings"
@@ -271,5 +272,24 @@ func TestSignalFromOutside(t *testing.T) {
 	}
 	if s := c.WaitExit(); s.ExitCode != 137 || s.Reason != "Error" {
 		t.Errorf("code %d, reason %q; want 137, Error", s.ExitCode, s.Reason)
+	}
+}
+
+// What a command writes beyond the limit is thrown away; the command goes on to
+// its own end (CRI ExecSyncResponse).
+func TestExecOutputLimit(t *testing.T) {
+	harness.NeedRoot(t)
+	t.Parallel()
+	const limit = 1 << 20
+	n := harness.Start(t, harness.Options{CRI: fmt.Sprintf("exec_sync_output_limit = %d", limit)})
+	c := n.RunPod().Run(sleeper)
+	c.WaitLog("ready")
+	stdout, stderr, code := c.Exec("sh", "-c", "echo first >&2; head -c 5000000 /dev/zero; echo last >&2; touch /tmp/end; exit 7")
+	if len(stdout)+len(stderr) != limit || !strings.HasPrefix(stderr, "first\n") || strings.Trim(stdout, "\x00") != "" || code != 7 {
+		t.Errorf("%d and %d bytes, %.20q, code %d; want %d bytes together, beginning with first, and 7", len(stdout), len(stderr), stderr, code, limit)
+	}
+	c.Output("test", "-e", "/tmp/end")
+	if stdout, stderr, code := c.Exec("sh", "-c", fmt.Sprintf("head -c %d /dev/zero", limit)); len(stdout) != limit || stderr != "" || code != 0 {
+		t.Errorf("at the limit: %d and %d bytes, code %d", len(stdout), len(stderr), code)
 	}
 }
