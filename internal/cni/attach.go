@@ -297,11 +297,12 @@ func (n *Network) writeAttachment(a *attachment) (err error) {
 		return fmt.Errorf("record network of %s: %w", a.Pod, err)
 	}
 	path := n.attachmentPath(a.Pod.ID)
-	if err := os.WriteFile(path+".new", raw, 0o600); err != nil {
-		return fmt.Errorf("record network of %s: %w", a.Pod, err)
+	err = os.WriteFile(path+".new", raw, 0o600)
+	if err == nil {
+		err = os.Rename(path+".new", path)
 	}
-	if err := os.Rename(path+".new", path); err != nil {
-		return fmt.Errorf("record network of %s: %w", a.Pod, err)
+	if err != nil {
+		return errors.Join(fmt.Errorf("record network of %s: %w", a.Pod, err), os.RemoveAll(path+".new"))
 	}
 	return nil
 }
