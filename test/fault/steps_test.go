@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -147,6 +149,7 @@ func TestEveryStep(t *testing.T) {
 			s.n = n.With(t)
 			points := s.record(t, o.before, o.call)
 			t.Logf("%d steps", len(points))
+			documented(t, points)
 			missed := 0
 			for i, point := range points {
 				if testing.Short() && i%max(1, len(points)/4) != 0 {
@@ -169,6 +172,35 @@ func TestEveryStep(t *testing.T) {
 				t.Errorf("%d points of %d were not met again", missed, len(points))
 			}
 		})
+	}
+}
+
+// documented finds steps that no table of docs/reliability.md has: their first columns
+// hold steps, "*" for any end.
+func documented(t *testing.T, points []string) {
+	t.Helper()
+	text, err := os.ReadFile("../../docs/reliability.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var rows []string
+	for line := range strings.Lines(string(text)) {
+		if strings.HasPrefix(line, "| `pod") || strings.HasPrefix(line, "| `init") || strings.HasPrefix(line, "| `plugin") {
+			column, _, _ := strings.Cut(line[2:], " | ")
+			for step := range strings.SplitSeq(column, ", ") {
+				rows = append(rows, strings.Trim(step, "`"))
+			}
+		}
+	}
+	count := regexp.MustCompile(` \([0-9]+\)$`)
+	for _, point := range points {
+		point = count.ReplaceAllString(point, "")
+		if !slices.ContainsFunc(rows, func(row string) bool {
+			start, any := strings.CutSuffix(row, "*")
+			return row == point || any && strings.HasPrefix(point, start)
+		}) {
+			t.Errorf("docs/reliability.md does not say what is held at %q", point)
+		}
 	}
 }
 

@@ -339,8 +339,11 @@ func (s *trap) path(tid uint32, dirfd int32, address uint64) string {
 		dir, _ := os.Readlink(fmt.Sprintf("/proc/%d/fd/%d", tid, dirfd))
 		path = filepath.Join(dir, path)
 	}
+	tools, _ := harness.Tools()
 	for _, place := range [][2]string{
-		{s.n.Root, "ROOT"}, {s.n.RunDir, "RUN"}, {s.n.NetnsDir, "NETNS"}, {s.n.LogRoot, "LOGS"}, {s.n.IPAM, "IPAM"}, {s.n.Dir, "DIR"}, {s.n.Name, "NODE"},
+		{tools, "TOOLS"},
+		{s.n.Root, "ROOT"}, {s.n.RunDir, "RUN"}, {s.n.NetnsDir, "NETNS"}, {s.n.LogRoot, "LOGS"},
+		{s.n.IPAM, "IPAM"}, {s.n.Dir, "DIR"}, {s.n.Name, "NODE"},
 	} {
 		path = strings.ReplaceAll(path, place[0], place[1])
 	}
