@@ -25,6 +25,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"sync"
@@ -580,7 +581,7 @@ func (m *Manager) recall(id string, rec *record) {
 		return
 	}
 	if state, err := lc.State(); err == nil {
-		rec.CgroupPaths, rec.Systemd = state.CgroupPaths, m.SystemdCgroup
+		rec.CgroupPaths, rec.Systemd = maps.Clone(state.CgroupPaths), m.SystemdCgroup
 	}
 }
 
@@ -603,11 +604,12 @@ func removeCgroup(ctx context.Context, rec record) error {
 	return nil
 }
 
-// cgroupAt makes a manager for the cgroup a record names.
+// cgroupAt makes a manager for the cgroup a record names. A manager empties the map
+// that it is given.
 func cgroupAt(rec record) (cgroups.Manager, error) {
 	cg, err := manager.NewWithPaths(&cgroups.Cgroup{
 		Systemd: rec.Systemd, Resources: &cgroups.Resources{},
-	}, rec.CgroupPaths)
+	}, maps.Clone(rec.CgroupPaths))
 	if err != nil {
 		return nil, fmt.Errorf("cgroup: %w", err)
 	}

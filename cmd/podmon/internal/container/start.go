@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -124,7 +125,9 @@ func (c *Container) create(r wire.StartRequest) error {
 	if err != nil {
 		return fmt.Errorf("create: %w", err)
 	}
-	if c.cgroup, err = manager.NewWithPaths(config.Cgroups, state.CgroupPaths); err != nil {
+	// libcontainer's own map, which its Destroy empties under a lock of its own.
+	paths := maps.Clone(state.CgroupPaths)
+	if c.cgroup, err = manager.NewWithPaths(config.Cgroups, maps.Clone(paths)); err != nil {
 		return fmt.Errorf("cgroup: %w", err)
 	}
 	c.mu.Lock()
@@ -132,7 +135,7 @@ func (c *Container) create(r wire.StartRequest) error {
 	c.mu.Unlock()
 	c.rec = record{
 		Owner: c.m.Owner, LogRoot: r.LogRoot, LogPath: r.LogPath, Discard: r.Discard,
-		Terminal: r.Spec.Process.Terminal, Systemd: c.m.SystemdCgroup, CgroupPaths: state.CgroupPaths,
+		Terminal: r.Spec.Process.Terminal, Systemd: c.m.SystemdCgroup, CgroupPaths: paths,
 	}
 	if c.rec.Init, err = identifyFile("/proc/self/exe"); err != nil {
 		return fmt.Errorf("identify podmon's program: %w", err)
