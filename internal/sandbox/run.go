@@ -157,7 +157,9 @@ func (m *Manager) newRecord(cfg *runtime.PodSandboxConfig, handler string) *Reco
 	if !r.HostNetwork() {
 		r.Netns = m.netnsPin(r.ID)
 	}
-	if uids, _ := spec.IDMappings(cfg); len(uids) > 0 {
+	// On the host's network infra makes its user namespace itself: there is no
+	// network namespace that it has to own.
+	if uids, _ := spec.IDMappings(cfg); len(uids) > 0 && !r.HostNetwork() {
 		r.User = m.userPin(r.ID)
 	}
 	return r

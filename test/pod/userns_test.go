@@ -3,6 +3,7 @@ package pod
 import (
 	"os"
 	"strings"
+	"syscall"
 	"testing"
 
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -13,13 +14,22 @@ import (
 // P2: a pod's user namespace is one for all its containers and not the host's:
 // root in it is nobody special outside, on the disk neither.
 func TestUserNamespace(t *testing.T) {
+	for name, network := range map[string]cri.NamespaceMode{"own network": cri.NamespaceMode_POD, "host network": cri.NamespaceMode_NODE} {
+		t.Run(name, func(t *testing.T) { testUserNamespace(t, network) })
+	}
+}
+
+func testUserNamespace(t *testing.T, network cri.NamespaceMode) {
 	const host, length = 1_000_000, 65536
 	mapping := []*cri.IDMapping{{HostId: host, ContainerId: 0, Length: length}}
 	options := &cri.UserNamespace{Mode: cri.NamespaceMode_POD, Uids: mapping, Gids: mapping}
 	harness.NeedRoot(t)
 	t.Parallel()
 	n := harness.Start(t, harness.Options{})
-	p := n.RunPod(podNamespaces(&cri.NamespaceOption{Pid: cri.NamespaceMode_CONTAINER, UsernsOptions: options}))
+	p := n.RunPod(podNamespaces(&cri.NamespaceOption{Pid: cri.NamespaceMode_CONTAINER, Network: network, UsernsOptions: options}))
+	if own := p.Infra().Namespace("net") != self.Namespace("net"); own != (network == cri.NamespaceMode_POD) {
+		t.Errorf("the pod has a network namespace of its own: %v", own)
+	}
 	inUser := security(func(s *cri.LinuxContainerSecurityContext) { s.NamespaceOptions.UsernsOptions = options })
 	volume, err := os.MkdirTemp(n.Volumes, "")
 	if err != nil {
@@ -52,7 +62,16 @@ func TestUserNamespace(t *testing.T) {
 	if _, _, code := a.Exec("sh", "-c", "echo 1 > /proc/sys/kernel/panic"); code == 0 {
 		t.Error("the container's root changes the host's sysctls")
 	}
+	if _, _, code := a.Exec("sh", "-c", "echo x > /sys/kernel/mm/transparent_hugepage/enabled"); code == 0 {
+		t.Error("the container's root writes to the host's sysfs")
+	}
+	if got := strings.Fields(a.Output("cat", "/proc/self/uid_map")); strings.Join(got, " ") != "0 1000000 65536" {
+		t.Errorf("uid_map of an exec is %v", got)
+	}
 	a.Output("touch", "/volume/made", "/made")
+	if info, err := os.Stat(volume + "/made"); err != nil || info.Sys().(*syscall.Stat_t).Uid != 0 {
+		t.Errorf("the volume's file belongs to another on the host: %v, %v", info, err)
+	}
 	if owner := a.Output("stat", "-c", "%u", "/volume/made"); owner != "0" {
 		t.Errorf("file on the volume belongs to %s in the container", owner)
 	}
