@@ -5,7 +5,7 @@
 
 FROM golang:1.26-bookworm AS build
 RUN apt-get update \
- && apt-get install -y --no-install-recommends gcc libc6-dev libseccomp-dev make \
+ && apt-get install -y --no-install-recommends gcc libc6-dev libseccomp-dev make pkg-config \
  && rm -rf /var/lib/apt/lists/*
 WORKDIR /src
 

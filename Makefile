@@ -21,7 +21,7 @@ LDFLAGS  := -s -w -X main.version=$(VERSION)
 need     := hack/need.sh
 
 # Packages by what they are needed for: PROBE=PACKAGE.
-NEED_BUILD  := gcc=gcc /usr/include/stdlib.h=libc6-dev /usr/include/seccomp.h=libseccomp-dev
+NEED_BUILD  := gcc=gcc pkg-config=pkg-config /usr/include/stdlib.h=libc6-dev /usr/include/seccomp.h=libseccomp-dev
 NEED_IMAGES := gcc=gcc /usr/include/stdlib.h=libc6-dev debootstrap=debootstrap \
                /usr/share/keyrings/debian-archive-keyring.gpg=debian-archive-keyring
 NEED_VM     := qemu-system-x86_64=qemu-system-x86 debootstrap=debootstrap mkfs.ext4=e2fsprogs \
