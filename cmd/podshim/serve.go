@@ -209,6 +209,8 @@ func (d *parts) openImages(context.Context) (err error) {
 		Pinned:                 pinned(d.cfg.Image),
 		MaxConcurrentDownloads: d.cfg.Image.MaxConcurrentDownloads,
 		NoProgressTimeout:      d.cfg.Image.PullProgressTimeout.Std(),
+		Restarted:              d.boot.Restarted(),
+		Crashed:                d.boot.Crashed(),
 		Log:                    d.entry("image"),
 	})
 	if err == nil {

@@ -88,13 +88,17 @@ func (s *Store) layerDir(ctx context.Context, key string) (dir string, err error
 	return dir, err
 }
 
-// hasLayer tells whether a layer is committed.
-func (s *Store) hasLayer(ctx context.Context, chain digest.Digest) (bool, error) {
-	_, err := s.sn.Stat(ctx, chain.String())
-	if errdefs.IsNotFound(err) {
-		return false, nil
+// hasLayer tells whether a layer is committed, and if so whether it is damaged.
+func (s *Store) hasLayer(ctx context.Context, chain digest.Digest) (has, damaged bool, err error) {
+	err = s.verifyLayer(ctx, chain)
+	switch {
+	case errdefs.IsNotFound(err):
+		s.verifier.trust(chain) // there is no such layer yet
+		return false, false, nil
+	case errdefs.IsDataLoss(err):
+		return true, true, nil
 	}
-	return err == nil, err
+	return err == nil, false, err
 }
 
 // snapshotInfos returns all snapshots' infos.
@@ -224,7 +228,6 @@ const sweepPause = 200 * time.Millisecond
 const sweepRetry = time.Second
 
 func (s *Store) sweepLoop() {
-	defer s.sweeper.Done()
 	ctx := s.quiet(context.Background())
 	for {
 		select {

@@ -110,6 +110,7 @@ func (s *Store) pull(ctx context.Context, cancel context.CancelCauseFunc, named 
 	if err := s.publishImage(named, p); err != nil {
 		return "", err
 	}
+	s.verifier.keep(p.id.String(), nil)
 	s.log.WithField("image", named.String()).Infof("pulled %s, %d layers, %d bytes, in %s",
 		p.id, len(p.layers), p.size, time.Since(began).Round(time.Millisecond))
 	return p.id.String(), nil
@@ -263,16 +264,22 @@ func (f *fetch) run(ctx context.Context, i int, commits *committer) error {
 			return context.Cause(ctx)
 		}
 	}
-	has, err := f.store.hasLayer(ctx, f.layer.chain)
+	has, damaged, err := f.store.hasLayer(ctx, f.layer.chain)
 	if err != nil {
 		return err
 	}
-	if has {
+	if has && !damaged {
 		return commits.commit(ctx, i, nil)
 	}
 	st, err := f.stage(ctx)
 	if err != nil {
 		return err
+	}
+	if damaged {
+		if err := f.store.replaceLayer(ctx, st); err != nil {
+			return errors.Join(err, st.drop())
+		}
+		return commits.commit(ctx, i, nil)
 	}
 	if err := commits.commit(ctx, i, st); err != nil {
 		return errors.Join(err, st.drop())

@@ -56,6 +56,9 @@ func (s *Store) snapshot(ctx context.Context, kind snapshots.Kind, key string, i
 	if key == "" {
 		return nil, fmt.Errorf("snapshot key is empty: %w", errdefs.ErrInvalidArgument)
 	}
+	if err := s.verifyImage(s.quiet(ctx), img); err != nil {
+		return nil, err
+	}
 	labels := map[string]string{}
 	for _, o := range opts {
 		o(labels)

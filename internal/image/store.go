@@ -9,7 +9,11 @@
 //	metadata.db          records of the snapshots (bbolt, containerd's metastore)
 //	snapshots/<n>/fs     one directory per layer, and per writable snapshot
 //	unpack/              layers that pulls are unpacking
+//	snapshots/<n>/files  what is in a layer, with checksums
 //	tmp/                 idmapped mounts of layers while a mount is being made
+//	unverified           is there until all layers were read after a power cut
+//	replaced/            what was damaged, until a restart of the machine: running
+//	                     containers may be in it
 //
 // Layers are containerd overlay snapshots named by chain ID. The compressed blobs
 // are not kept: a layer goes from the registry's socket through verification and
@@ -35,6 +39,13 @@
 // is garbage: Open, Remove and failed pulls collect it. So after a crash or a
 // power cut an image is there whole or not at all, and a retry starts clean.
 //
+// # Damage
+//
+// A disk may break its promise and lose in a power cut what was synced. When the
+// machine went down while the store was open every image is therefore read once more,
+// in the background or before its first use, whatever comes first. One with a damaged
+// layer is forgotten, and the pull that follows brings that layer, and no other, again.
+//
 // A layer that a pull in flight counts on is pinned in memory; layers under a
 // container's snapshot are its ancestors, which cannot be removed before it.
 //
@@ -59,6 +70,7 @@ import (
 	"github.com/containerd/containerd/v2/plugins/snapshots/overlay"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
+	"github.com/opencontainers/go-digest"
 	"github.com/sirupsen/logrus"
 
 	"github.com/podshim/podshim/internal/flight"
@@ -66,16 +78,17 @@ import (
 
 // Store holds images and snapshots. It is safe for concurrent use.
 type Store struct {
-	cfg     Config
-	log     *logrus.Entry
-	libLog  *logrus.Entry // for containerd's libraries
-	index   *index
-	records *records
-	meta    *storage.MetaStore
-	sn      snapshots.Snapshotter
-	layers  layers
-	publish sync.Mutex
-	pulls   flight.Group
+	cfg      Config
+	log      *logrus.Entry
+	libLog   *logrus.Entry // for containerd's libraries
+	index    *index
+	records  *records
+	meta     *storage.MetaStore
+	sn       snapshots.Snapshotter
+	layers   layers
+	verifier verifier
+	publish  sync.Mutex
+	pulls    flight.Group
 
 	closing chan struct{} // closed by Close: pulls in flight end
 	sweep   chan struct{} // asks the sweeper to remove what is discarded and free its directories
@@ -105,6 +118,10 @@ func Open(cfg Config) (_ *Store, err error) {
 		cfg: cfg, log: cfg.Log, libLog: warningsOf(cfg.Log), index: idx, layers: newLayers(),
 		closing: make(chan struct{}), sweep: make(chan struct{}, 1),
 	}
+	s.verifier.layers, s.verifier.kept = map[digest.Digest]*verified{}, map[string]func(){}
+	if err := s.checkDatabases(); err != nil {
+		return nil, err
+	}
 	if s.records, err = openRecords(filepath.Join(cfg.Root, "images.db")); err != nil {
 		return nil, err
 	}
@@ -118,8 +135,10 @@ func Open(cfg Config) (_ *Store, err error) {
 	if err := s.recover(s.quiet(context.Background())); err != nil {
 		return nil, errors.Join(err, s.sn.Close(), s.records.close())
 	}
-	s.sweeper.Add(1)
-	go s.sweepLoop()
+	if err := s.startVerifying(); err != nil {
+		return nil, errors.Join(err, s.sn.Close(), s.records.close())
+	}
+	s.sweeper.Go(s.sweepLoop)
 	return s, nil
 }
 
@@ -227,22 +246,14 @@ func (s *Store) recover(ctx context.Context) error {
 	return s.free(ctx)
 }
 
-// checkLayers fails with errdefs.ErrNotFound when the image's top layer has no
-// record or no directory. (Its ancestors cannot go before it.)
+// checkLayers fails with errdefs.ErrNotFound when one of the image's layers has no
+// record or no directory.
 func (s *Store) checkLayers(ctx context.Context, rec *record) error {
-	if rec.ChainID == "" {
-		return nil
+	err := s.verifyChain(ctx, rec.ChainID)
+	if errdefs.IsDataLoss(err) {
+		return fmt.Errorf("%w: %w", err, errdefs.ErrNotFound)
 	}
-	dir, err := s.layerDir(ctx, rec.ChainID.String())
-	if err != nil {
-		return err
-	}
-	if _, err := os.Stat(dir); errors.Is(err, os.ErrNotExist) {
-		return fmt.Errorf("directory of layer %s: %w", rec.ChainID, errdefs.ErrNotFound)
-	} else if err != nil {
-		return fmt.Errorf("look at layer %s: %w", rec.ChainID, err)
-	}
-	return nil
+	return err
 }
 
 // Close ends the pulls in flight, waits for all the store's goroutines and closes

@@ -37,6 +37,9 @@ type Config struct {
 	// NoProgressTimeout ends a pull whose registry sends nothing for so long;
 	// 0 is the default.
 	NoProgressTimeout time.Duration
+	// Restarted: the machine was, since the store was last open, and no container
+	// runs. Crashed: it went down while the store was open, as in a power cut.
+	Restarted, Crashed bool
 	// Log gets what no caller is told; nil is logrus's standard logger.
 	Log *logrus.Entry
 }

@@ -72,6 +72,9 @@ func (s *Store) stage(ctx context.Context, l layer, blob io.Reader) (_ *staged, 
 	if st.implied, err = unpack(ctx, st.fs(), l, blob); err != nil {
 		return nil, err
 	}
+	if err := writeListing(st.dir); err != nil {
+		return nil, fmt.Errorf("list the layer's files: %w", err)
+	}
 	return st, nil
 }
 

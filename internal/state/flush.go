@@ -6,7 +6,6 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"runtime/debug"
 	"time"
 
 	"github.com/sirupsen/logrus"
@@ -64,31 +63,14 @@ var errEmpty = errors.New("database is empty")
 // errBusy is the lock of the database held by another process.
 var errBusy = errors.New("database is locked")
 
-// readDatabase opens the database and loads its records. bbolt panics or faults
-// on some kinds of damage; that is an error here.
-func (s *Store) readDatabase(path string) (err error) {
-	var db *bolt.DB
-	// A truncated file faults where bbolt has mapped more than there is.
-	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
-	defer func() {
-		if p := recover(); p != nil {
-			err = fmt.Errorf("read %s: %v", path, p)
-		}
-		if err != nil && db != nil {
-			err = errors.Join(err, db.Close())
-		}
-	}()
-	db, err = bolt.Open(path, 0o600, &bolt.Options{
-		Timeout:      time.Second,
-		FreelistType: bolt.FreelistMapType,
-	})
-	if errors.Is(err, bolt.ErrTimeout) {
-		return errBusy
-	}
-	if err != nil {
-		return err
-	}
-	err = db.Update(func(tx *bolt.Tx) error {
+// readDatabase opens the database and loads its records.
+func (s *Store) readDatabase(path string) error {
+	return guarded(path, s.load)
+}
+
+// load reads the records of a database and makes it the Store's.
+func (s *Store) load(db *bolt.DB) error {
+	err := db.Update(func(tx *bolt.Tx) error {
 		for _, kind := range kinds {
 			if _, err := tx.CreateBucketIfNotExists([]byte(kind)); err != nil {
 				return err

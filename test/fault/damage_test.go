@@ -8,6 +8,9 @@ import (
 
 	"github.com/moby/sys/mountinfo"
 	bolt "go.etcd.io/bbolt"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/podshim/podshim/test/harness"
 )
@@ -248,4 +251,43 @@ func TestDamagedDatabaseOrEmptyRunDirectory(t *testing.T) {
 			h.gone(t)
 		})
 	}
+}
+
+// The disk has lost in a power cut what it was told to keep: the daemon says what, the
+// image is pulled again, and of its layers only the damaged one is fetched.
+func TestLayerDamagedByAPowerCut(t *testing.T) {
+	harness.NeedRoot(t)
+	t.Parallel()
+	n := harness.Start(t, harness.Options{})
+	name := n.NewImage("fault/damaged", harness.ImageOptions{Files: map[string]string{"data/file": "what the image holds"}})
+	before := n.RunPod()
+	before.Shell("exit 3", func(c *cri.ContainerConfig) { c.Image.Image = name }).WaitExit()
+	n.LosePower()
+	files, err := filepath.Glob(filepath.Join(n.Root, "images", "snapshots", "*", "fs", "data", "file"))
+	if err != nil || len(files) != 1 {
+		t.Fatalf("the image's file is at %q, %v", files, err)
+	}
+	if err := os.WriteFile(files[0], make([]byte, len("what the image holds")), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	n.Resume()
+	n.WaitLog("an image is damaged", files[0], name)
+	pod := n.RunPod()
+	config := pod.ContainerConfig([]string{"cat", "/data/file"}, func(c *cri.ContainerConfig) { c.Image.Image = name })
+	_, err = n.Runtime.CreateContainer(n.Context(), &cri.CreateContainerRequest{PodSandboxId: pod.ID, Config: config, SandboxConfig: pod.Config})
+	if status.Code(err) != codes.NotFound {
+		t.Errorf("a container of a damaged image: %v", err)
+	}
+	// kubelet sees that the image is not there, and pulls it.
+	asked, err := n.Images.ImageStatus(n.Context(), &cri.ImageStatusRequest{Image: config.Image})
+	if err != nil || asked.Image != nil {
+		t.Errorf("the damaged image is there: %v, %v", asked, err)
+	}
+	n.Pull(name)
+	n.WaitLog("a damaged layer was fetched again")
+	c := pod.Run(config.Command, func(c *cri.ContainerConfig) { c.Image.Image = name })
+	c.WaitExit()
+	c.WaitLog("what the image holds")
+	// An image that lost nothing is used as ever.
+	pod.Run([]string{"true"}).WaitExit()
 }

@@ -15,6 +15,7 @@ import (
 
 	"github.com/fsnotify/fsnotify"
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
@@ -172,7 +173,7 @@ func (d *daemon) remains() []string {
 	for _, m := range machineMounts() {
 		// The directory of pinned namespaces is a mount of its own, made once and
 		// kept, as that of `ip netns` is.
-		if strings.HasPrefix(m.Point, d.Dir+"/") && m.Point != d.NetnsDir {
+		if strings.HasPrefix(m.Point, d.Dir+"/") && m.Point != d.NetnsDir && m.Point != d.Root {
 			found = append(found, "mount "+m.Point)
 		}
 	}
@@ -394,6 +395,11 @@ func (d *daemon) snapshotDirs() []string {
 func (d *daemon) destroy() error {
 	if err := d.halt(d.Dir); err != nil {
 		return err
+	}
+	if d.opts.SmallRoot != "" {
+		if err := unix.Unmount(d.Root, unix.MNT_DETACH); err != nil {
+			return fmt.Errorf("unmount %s: %w", d.Root, err)
+		}
 	}
 	if d.logs != nil {
 		_ = d.logs.Close()

@@ -20,6 +20,7 @@ import (
 
 	"github.com/fsnotify/fsnotify"
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/codes"
@@ -76,6 +77,9 @@ type Options struct {
 	// Spawn starts the daemon's process, if not nil, instead of cmd.Start; the
 	// process must become the daemon.
 	Spawn func(cmd *exec.Cmd) error
+	// SmallRoot is the size of the filesystem that the root directory is on, as
+	// mount(8) reads sizes; "" is the machine's own.
+	SmallRoot string
 	// NoPull leaves the image store empty; otherwise Busybox is pulled.
 	NoPull bool
 }
@@ -180,6 +184,14 @@ func newDaemon(opts Options) (*daemon, error) {
 func (d *daemon) prepare() error {
 	for _, dir := range []string{d.Root, d.RunDir, d.NetnsDir, d.LogRoot, d.CNIConf, d.IPAM, d.Volumes} {
 		if err := os.Mkdir(dir, 0o755); err != nil {
+			return err
+		}
+	}
+	if d.opts.SmallRoot != "" {
+		if err := unix.Mount("small", d.Root, "tmpfs", 0, "nr_inodes=8k,size="+d.opts.SmallRoot); err != nil {
+			return fmt.Errorf("mount root directory: %w", err)
+		}
+		if err := os.Chmod(d.Root, 0o711); err != nil {
 			return err
 		}
 	}
