@@ -161,13 +161,19 @@ func (d *parts) makeDirs(context.Context) error {
 
 // lockRun makes sure that no other podshim uses the run directory: it would take
 // the socket and the monitors of this one. The kernel lets go of the lock with
-// the process.
-func (d *parts) lockRun(context.Context) error {
+// the process. A child that a killed podshim has just forked, to run a CNI plugin,
+// has it too until it is the plugin.
+func (d *parts) lockRun(ctx context.Context) error {
 	lock, err := os.OpenFile(d.run("lock"), os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
 		return err
 	}
-	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+	try := func() error { return unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB) }
+	err = try()
+	for until := time.Now().Add(lockLimit); errors.Is(err, unix.EWOULDBLOCK) && time.Now().Before(until) && ctx.Err() == nil; err = try() {
+		time.Sleep(10 * time.Millisecond)
+	}
+	if err != nil {
 		pid, _ := io.ReadAll(io.LimitReader(lock, 32))
 		return errors.Join(fmt.Errorf("another podshim (pid %s) uses %s: each needs a run and a root directory of its own: %w",
 			strings.TrimSpace(string(pid)), d.cfg.Run, err), lock.Close())
@@ -179,6 +185,10 @@ func (d *parts) lockRun(context.Context) error {
 	_, err = fmt.Fprintln(lock, os.Getpid())
 	return err
 }
+
+// lockLimit is how long the forked children of a killed podshim may take to become
+// what they are to be.
+const lockLimit = 2 * time.Second
 
 func (d *parts) readBoot(context.Context) (err error) {
 	d.boot, err = boot.Read(d.root("boot"))

@@ -116,6 +116,11 @@ func (n *Network) detach(ctx context.Context, id string) error {
 	if err := n.cni.DelNetworkList(ctx, a.list, rt); err != nil {
 		return a.failure("detach", err)
 	}
+	// libcni says nothing when it cannot forget what the plugins had answered.
+	result := filepath.Join(n.cfg.CacheDir, "results", a.list.Name+"-"+id+"-"+ifName)
+	if err := os.Remove(result); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("forget network of pod %s: %w", id, err)
+	}
 	if err := n.removeAttachment(id); err != nil {
 		return err
 	}
