@@ -182,7 +182,7 @@ func (s *Store) free(ctx context.Context) error {
 	}
 	if len(left) > 0 {
 		s.log.WithField("directories", left).Warn("removed snapshots could not be deleted: will be tried again")
-		time.AfterFunc(retrySweep, s.freeSoon)
+		time.AfterFunc(retrySweep, s.sweep.ask)
 	}
 	return nil
 }
@@ -194,7 +194,7 @@ const retrySweep = 10 * time.Second
 func (s *Store) removedDirs(ctx context.Context) (left []string, err error) {
 	root := filepath.Join(s.cfg.Root, "snapshots")
 	// For writing, so that no snapshot is being made.
-	err = s.meta.WithTransaction(ctx, true, func(ctx context.Context) error {
+	err = s.meta.WithTransaction(ctx, !s.readOnly, func(ctx context.Context) error {
 		known, err := storage.IDMap(ctx)
 		if err != nil {
 			return err
@@ -210,13 +210,98 @@ func (s *Store) removedDirs(ctx context.Context) (left []string, err error) {
 	return left, err
 }
 
-// freeSoon has the sweeper do it: a container with a million files is removed as
-// fast as one with none.
-func (s *Store) freeSoon() {
+// sweeps are the removals whose directories are not deleted yet. Most are left
+// to the sweeper: a container with a million files is removed as fast as one with
+// none.
+type sweeps struct {
+	wake chan struct{} // holds one token while something is queued
+
+	mu      sync.Mutex // guards what follows
+	last    uint64
+	pending map[uint64]bool // by number
+	queued  []uint64        // those for the sweeper
+	changed chan struct{}   // closed and replaced when pending shrinks
+}
+
+func newSweeps() sweeps {
+	return sweeps{wake: make(chan struct{}, 1), pending: map[uint64]bool{}, changed: make(chan struct{})}
+}
+
+// begin counts a sweep that the caller does itself, and ends with finish.
+func (w *sweeps) begin() uint64 {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.last++
+	w.pending[w.last] = true
+	return w.last
+}
+
+// ask leaves it to the sweeper.
+func (w *sweeps) ask() {
+	n := w.begin()
+	w.mu.Lock()
+	w.queued = append(w.queued, n)
+	w.mu.Unlock()
 	select {
-	case s.sweep <- struct{}{}:
+	case w.wake <- struct{}{}:
 	default: // asked already, and not begun
 	}
+}
+
+// take returns what the sweeper is asked for.
+func (w *sweeps) take() []uint64 {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	taken := w.queued
+	w.queued = nil
+	return taken
+}
+
+func (w *sweeps) finish(numbers ...uint64) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for _, n := range numbers {
+		delete(w.pending, n)
+	}
+	close(w.changed)
+	w.changed = make(chan struct{})
+}
+
+// newest is the number of the last sweep begun.
+func (w *sweeps) newest() uint64 {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.last
+}
+
+// wait returns when every sweep up to a number has ended.
+func (w *sweeps) wait(ctx context.Context, upTo uint64) error {
+	for {
+		w.mu.Lock()
+		busy, changed := false, w.changed
+		for n := range w.pending {
+			busy = busy || n <= upTo
+		}
+		w.mu.Unlock()
+		if !busy {
+			return nil
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+}
+
+// collectHeld collects layers, and deletes what is collected before it returns.
+// freeing is held for reading, and let go of before anything is deleted.
+func (s *Store) collectHeld(ctx context.Context) error {
+	err := s.collect(ctx)
+	sweep := s.sweep.begin()
+	s.freeing.RUnlock()
+	defer s.sweep.finish(sweep)
+	return errors.Join(err, s.free(ctx))
 }
 
 // sweepPause is how long the sweeper waits for more of what it was asked for: each
@@ -233,19 +318,21 @@ func (s *Store) sweepLoop() {
 		select {
 		case <-s.closing:
 			select {
-			case <-s.sweep: // what was removed just before is freed as well
+			case <-s.sweep.wake: // what was removed just before is freed as well
 			default:
 				return
 			}
-		case <-s.sweep:
+		case <-s.sweep.wake:
 			select {
 			case <-s.closing:
 			case <-time.After(sweepPause):
 			}
 		}
+		asked := s.sweep.take()
 		if err := errors.Join(s.removeDiscarded(ctx), s.free(ctx)); err != nil {
 			s.log.WithError(err).Warn("removed snapshots, or their disk space, are not all given back: will be tried again")
-			time.AfterFunc(sweepRetry, s.freeSoon)
+			time.AfterFunc(sweepRetry, s.sweep.ask)
 		}
+		s.sweep.finish(asked...)
 	}
 }

@@ -95,11 +95,15 @@ func (s *Store) pull(ctx context.Context, cancel context.CancelCauseFunc, named 
 	if err != nil {
 		return "", err
 	}
+	unpin := sync.OnceFunc(s.layers.pin(chainsOf(p.layers)))
+	defer unpin()
 	var undo rollback.Stack
 	defer func() { err = undo.Settle(s.quiet(ctx), err) }()
-	undo.Push("collect the pull's layers", s.collectNow)
-	unpin := s.layers.pin(chainsOf(p.layers))
-	defer unpin() // before the undo, which collects what was pinned
+	undo.Push("collect the pull's layers", func(ctx context.Context) error {
+		s.freeing.RLock()
+		unpin() // what was pinned is to be collected
+		return s.collectHeld(ctx)
+	})
 
 	if err := s.fetchLayers(ctx, r, p.layers); err != nil {
 		return "", err
@@ -114,10 +118,6 @@ func (s *Store) pull(ctx context.Context, cancel context.CancelCauseFunc, named 
 	s.log.WithField("image", named.String()).Infof("pulled %s, %d layers, %d bytes, in %s",
 		p.id, len(p.layers), p.size, time.Since(began).Round(time.Millisecond))
 	return p.id.String(), nil
-}
-
-func (s *Store) collectNow(ctx context.Context) error {
-	return errors.Join(s.collect(ctx), s.free(ctx))
 }
 
 func chainsOf(layers []layer) []digest.Digest {

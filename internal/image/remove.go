@@ -2,7 +2,6 @@ package image
 
 import (
 	"context"
-	"errors"
 	"fmt"
 
 	"github.com/containerd/errdefs"
@@ -13,15 +12,16 @@ import (
 // RemoveSnapshot. An unknown image is success; errdefs.ErrInvalidArgument when ref
 // is no reference or not unique.
 func (s *Store) Remove(ctx context.Context, ref string) error {
+	s.freeing.RLock()
 	removed, err := s.removeRecord(ref)
-	if errdefs.IsNotFound(err) || (err == nil && !removed) {
+	if err == nil && removed {
+		return s.collectHeld(s.quiet(context.WithoutCancel(ctx))) // the image is gone: its layers follow
+	}
+	s.freeing.RUnlock()
+	if errdefs.IsNotFound(err) {
 		return nil
 	}
-	if err != nil {
-		return err
-	}
-	ctx = s.quiet(context.WithoutCancel(ctx)) // the image is gone: its layers follow
-	return errors.Join(s.collect(ctx), s.free(ctx))
+	return err
 }
 
 func (s *Store) removeRecord(ref string) (bool, error) {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 
 	"github.com/containerd/containerd/v2/core/mount"
@@ -103,6 +104,8 @@ func (s *Store) Mounts(ctx context.Context, key string) ([]mount.Mount, error) {
 // disk space is free a moment later.
 func (s *Store) RemoveSnapshot(ctx context.Context, key string) error {
 	ctx = s.quiet(ctx)
+	s.freeing.RLock()
+	defer s.freeing.RUnlock()
 	info, err := s.sn.Stat(ctx, userPrefix+key)
 	if errdefs.IsNotFound(err) {
 		return nil
@@ -113,7 +116,7 @@ func (s *Store) RemoveSnapshot(ctx context.Context, key string) error {
 	if err != nil && !errdefs.IsNotFound(err) {
 		return fmt.Errorf("remove snapshot %s: %w", key, err)
 	}
-	defer s.freeSoon()
+	defer s.sweep.ask()
 	return s.collectFrom(ctx, info.Parent)
 }
 
@@ -125,15 +128,14 @@ func (s *Store) DiscardSnapshot(key string) {
 	s.discard.Lock()
 	s.discard.keys = append(s.discard.keys, key)
 	s.discard.Unlock()
-	s.freeSoon()
+	s.sweep.ask()
 }
 
 // removeDiscarded removes what was discarded, in one transaction.
 func (s *Store) removeDiscarded(ctx context.Context) error {
-	s.discard.Lock()
-	keys := s.discard.keys
-	s.discard.keys = nil
-	s.discard.Unlock()
+	s.freeing.RLock()
+	defer s.freeing.RUnlock()
+	keys := s.discarded()
 	if len(keys) == 0 {
 		return nil
 	}
@@ -152,16 +154,23 @@ func (s *Store) removeDiscarded(ctx context.Context) error {
 		return nil
 	})
 	if err != nil {
-		s.discard.Lock()
-		s.discard.keys = append(s.discard.keys, keys...)
-		s.discard.Unlock()
 		return err
 	}
+	s.discard.Lock()
+	s.discard.keys = slices.Clone(s.discard.keys[len(keys):])
+	s.discard.Unlock()
 	var errs []error
 	for parent := range parents {
 		errs = append(errs, s.collectFrom(ctx, parent))
 	}
 	return errors.Join(errs...)
+}
+
+// discarded are the keys of the snapshots that the sweeper is to remove.
+func (s *Store) discarded() []string {
+	s.discard.Lock()
+	defer s.discard.Unlock()
+	return slices.Clone(s.discard.keys)
 }
 
 // Usage is what a snapshot's writable layer takes. It walks the layer, which
@@ -175,15 +184,17 @@ func (s *Store) Usage(ctx context.Context, key string) (Usage, error) {
 	return Usage{Bytes: u.Size, Inodes: u.Inodes}, nil
 }
 
-// Snapshots returns the keys of all snapshots that Prepare and View made.
+// Snapshots returns the keys of all snapshots that Prepare and View made, but those
+// that are discarded.
 func (s *Store) Snapshots(ctx context.Context) ([]string, error) {
+	discarded := s.discarded()
 	infos, err := s.snapshotInfos(s.quiet(ctx))
 	if err != nil {
 		return nil, err
 	}
 	keys := []string{}
 	for _, i := range infos {
-		if key, ok := strings.CutPrefix(i.Name, userPrefix); ok {
+		if key, ok := strings.CutPrefix(i.Name, userPrefix); ok && !slices.Contains(discarded, key) {
 			keys = append(keys, key)
 		}
 	}

@@ -53,7 +53,9 @@
 //
 // publish orders writers of records; layers.mu orders those who take layers
 // against those who collect them; index.mu guards the maps and is held for no
-// disk access. Get and List take index.mu only. Order: publish, layers.mu, index.mu.
+// disk access. Get and List take index.mu only. freeing keeps who looks for
+// leftovers from seeing a removal half done. Order: freeing, publish, layers.mu,
+// index.mu.
 package image
 
 import (
@@ -91,12 +93,17 @@ type Store struct {
 	pulls    flight.Group
 
 	closing chan struct{} // closed by Close: pulls in flight end
-	sweep   chan struct{} // asks the sweeper to remove what is discarded and free its directories
+	sweep   sweeps        // what the sweeper is to remove, and what is being deleted
 	sweeper sync.WaitGroup
 	discard struct {
 		sync.Mutex
 		keys []string // of snapshots that are to be removed
 	}
+	readOnly bool
+
+	// freeing is held for reading from the removal of a snapshot's record until
+	// its layers are collected and the sweep of its directory has begun.
+	freeing sync.RWMutex
 }
 
 // Open opens the store under cfg.Root, makes it if there is none, and collects
@@ -116,7 +123,7 @@ func Open(cfg Config) (_ *Store, err error) {
 	}
 	s := &Store{
 		cfg: cfg, log: cfg.Log, libLog: warningsOf(cfg.Log), index: idx, layers: newLayers(),
-		closing: make(chan struct{}), sweep: make(chan struct{}, 1),
+		closing: make(chan struct{}), sweep: newSweeps(),
 	}
 	s.verifier.layers, s.verifier.kept = map[digest.Digest]*verified{}, map[string]func(){}
 	if err := s.checkDatabases(); err != nil {
@@ -259,6 +266,9 @@ func (s *Store) checkLayers(ctx context.Context, rec *record) error {
 // Close ends the pulls in flight, waits for all the store's goroutines and closes
 // its databases. Mounts made from its snapshots stay.
 func (s *Store) Close() error {
+	if s.readOnly {
+		return errors.Join(s.meta.Close(), s.records.close())
+	}
 	close(s.closing)
 	_ = s.pulls.Wait(context.Background()) // never an error: it waits for good
 	s.sweeper.Wait()
