@@ -24,6 +24,7 @@ import (
 	"github.com/podshim/podshim/internal/config"
 	"github.com/podshim/podshim/internal/container"
 	"github.com/podshim/podshim/internal/cri"
+	"github.com/podshim/podshim/internal/doctor"
 	"github.com/podshim/podshim/internal/host"
 	"github.com/podshim/podshim/internal/image"
 	"github.com/podshim/podshim/internal/monitor"
@@ -49,9 +50,9 @@ const (
 // down in reverse. Containers run on.
 func serve(ctx context.Context, cfg *config.Config, log *logrus.Logger) (err error) {
 	streaming.RouteKlog(log.WithField("part", "streaming"))
-	d := &parts{cfg: cfg, log: log, started: time.Now()}
+	d := &parts{cfg: cfg, log: log}
 	defer func() { err = errors.Join(err, d.close()) }()
-	if err := d.build(ctx); err != nil {
+	if err := d.build(ctx, append(d.steps(), step{"serve CRI", d.openServer}, step{"serve podshim's commands", d.openAdmin})); err != nil {
 		return err
 	}
 	listener, err := listen(cfg.CRI)
@@ -81,7 +82,6 @@ type parts struct {
 	cfg *config.Config
 	log *logrus.Logger
 
-	started    time.Time
 	boot       boot.Last
 	records    *state.Store
 	host       spec.Host
@@ -112,11 +112,15 @@ func (d *parts) close() error {
 	return errors.Join(errs...)
 }
 
-func (d *parts) build(ctx context.Context) error {
-	for _, step := range []struct {
-		what string
-		do   func(context.Context) error
-	}{
+// step is one part's making.
+type step struct {
+	what string
+	do   func(context.Context) error
+}
+
+// steps make the parts that hold pods; nothing is served yet.
+func (d *parts) steps() []step {
+	return []step{
 		{"make directories", d.makeDirs},
 		{"run directory", d.lockRun},
 		{"last boot", d.readBoot},
@@ -127,8 +131,11 @@ func (d *parts) build(ctx context.Context) error {
 		{"stats", d.openStats},
 		{"pods", d.openPods},
 		{"mark the boot", d.markBoot},
-		{"serve CRI", d.openServer},
-	} {
+	}
+}
+
+func (d *parts) build(ctx context.Context, steps []step) error {
+	for _, step := range steps {
 		start := time.Now()
 		if err := step.do(ctx); err != nil {
 			return fmt.Errorf("%s: %w", step.what, err)
@@ -239,14 +246,9 @@ func pinned(cfg config.Image) []string {
 }
 
 func (d *parts) openNetwork(context.Context) (err error) {
-	d.network, err = cni.New(cni.Config{
-		ConfDir:       d.cfg.Network.ConfDir,
-		ConfTemplate:  d.cfg.Network.ConfTemplate,
-		BinDirs:       d.cfg.Network.BinDirs,
-		CacheDir:      d.root("cni"),
-		PluginTimeout: d.cfg.Network.PluginTimeout.Std(),
-		Log:           d.entry("cni"),
-	})
+	conf := doctor.ConfigOf(d.cfg).CNI
+	conf.Log = d.entry("cni")
+	d.network, err = cni.New(conf)
 	if err == nil {
 		d.onClose(func() error { d.network.Close(); return nil })
 	}
@@ -331,10 +333,7 @@ func (d *parts) openPods(context.Context) error {
 	d.onClose(within(d.containers.Close))
 	d.watchExits(exits)
 	d.events.Go(func() { d.collectNetworks(exits) })
-	d.events.Go(func() {
-		d.removeStrangers(exits)
-		d.removeOrphans(exits)
-	})
+	d.events.Go(func() { d.mend(exits) }) // nothing waits: what it kills may be beyond killing
 	return nil
 }
 
@@ -423,28 +422,6 @@ func (d *parts) collectNetworks(ctx context.Context) {
 	defer cancel()
 	if err := d.network.GC(ctx, pods); err != nil && ctx.Err() == nil {
 		d.log.WithError(err).Warn("give back the networks of unknown pods")
-	}
-}
-
-// removeStrangers ends what the monitor runs and no record knows: a record is
-// written before its container is started, so these are of a removed one. It does
-// not wait longer than collectLimit, since what it kills may be beyond killing.
-func (d *parts) removeStrangers(ctx context.Context) {
-	ctx, cancel := context.WithTimeout(ctx, collectLimit)
-	defer cancel()
-	var kills sync.WaitGroup
-	defer kills.Wait()
-	for _, s := range d.monitor.List() {
-		log := d.log.WithField("container", s.ID)
-		if d.owned(s.ID, log) {
-			continue
-		}
-		log.Warn("podmon runs a container that no record knows: removing it")
-		kills.Go(func() {
-			if err := d.monitor.Delete(ctx, s.ID); err != nil {
-				log.WithError(err).Error("remove unknown container")
-			}
-		})
 	}
 }
 
@@ -554,14 +531,18 @@ func listen(cfg config.CRI) (net.Listener, error) {
 	if err != nil {
 		return nil, err
 	}
-	// A socket that the last podshim left. The state database's lock has told
-	// that no other one is alive.
-	if err := os.Remove(cfg.Socket); err != nil && !errors.Is(err, os.ErrNotExist) {
+	return openSocket(cfg.Socket, gid, 0o660)
+}
+
+// openSocket listens at path, in place of a socket that the last podshim left. The
+// run directory's lock has told that no other one is alive.
+func openSocket(path string, gid int, mode os.FileMode) (net.Listener, error) {
+	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, fmt.Errorf("remove old socket: %w", err)
 	}
 	// Bound under another name and moved when its mode is right: nobody finds
 	// it with any other.
-	early := filepath.Join(filepath.Dir(cfg.Socket), ".new")
+	early := filepath.Join(filepath.Dir(path), ".new")
 	if err := os.Remove(early); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, fmt.Errorf("remove old socket: %w", err)
 	}
@@ -572,13 +553,13 @@ func listen(cfg config.CRI) (net.Listener, error) {
 	l.SetUnlinkOnClose(false)
 	err = os.Chown(early, 0, gid)
 	if err == nil {
-		err = os.Chmod(early, 0o660)
+		err = os.Chmod(early, mode)
 	}
 	if err == nil {
-		err = os.Rename(early, cfg.Socket)
+		err = os.Rename(early, path)
 	}
 	if err != nil {
-		return nil, errors.Join(fmt.Errorf("open socket %s: %w", cfg.Socket, err), l.Close())
+		return nil, errors.Join(fmt.Errorf("open socket %s: %w", path, err), l.Close())
 	}
 	return l, nil
 }

@@ -114,36 +114,6 @@ func List(dir, prefix string) ([]string, error) {
 	return paths, nil
 }
 
-// InUse returns those of the pinned namespaces, network or user, that a process is
-// in.
-func InUse(paths []string) (map[string]bool, error) {
-	pinned := make(map[uint64]string, len(paths)) // by inode: all are on nsfs
-	for _, path := range paths {
-		if !isNamespace(path) {
-			continue
-		}
-		var st unix.Stat_t
-		if err := unix.Stat(path, &st); err == nil {
-			pinned[st.Ino] = path
-		}
-	}
-	used := make(map[string]bool)
-	links, err := filepath.Glob("/proc/[0-9]*/ns/[nu][es][te]*")
-	if err != nil {
-		return nil, err
-	}
-	for _, link := range links {
-		var st unix.Stat_t
-		if unix.Stat(link, &st) != nil {
-			continue // the process has ended
-		}
-		if path, ok := pinned[st.Ino]; ok {
-			used[path] = true
-		}
-	}
-	return used, nil
-}
-
 // Do runs f on an OS thread that is in the network namespace at path; "" is the
 // namespace the daemon itself is in. What f does on other goroutines happens
 // outside. A thread that cannot go back is thrown away.

@@ -151,7 +151,8 @@ func (r *Record) encode() ([]byte, error) {
 	return json.Marshal(&c)
 }
 
-func decode(raw []byte) (*Record, error) {
+// Decode reads a record as it was kept.
+func Decode(raw []byte) (*Record, error) {
 	var r Record
 	if err := json.Unmarshal(raw, &r); err != nil {
 		return nil, fmt.Errorf("decode container record: %w", err)

@@ -97,7 +97,7 @@ func TestRecordsSurviveEncoding(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	got, err := decode(raw)
+	got, err := Decode(raw)
 	if err != nil {
 		t.Fatal(err)
 	}

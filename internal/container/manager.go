@@ -87,7 +87,7 @@ var class = roster.Class[Record, State]{
 	Parent: func(r *Record) string { return r.SandboxID },
 	Shown:  func(r *Record) bool { return r.State != Creating && !r.Failed },
 	Encode: (*Record).encode,
-	Decode: decode,
+	Decode: Decode,
 	LogFields: func(r *Record) logrus.Fields {
 		return logrus.Fields{"container": r.ID, "sandbox": r.SandboxID, "name": r.Config.GetMetadata().GetName()}
 	},

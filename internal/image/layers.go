@@ -103,9 +103,11 @@ func (s *Store) hasLayer(ctx context.Context, chain digest.Digest) (has, damaged
 
 // snapshotInfos returns all snapshots' infos.
 func (s *Store) snapshotInfos(ctx context.Context) (infos []snapshots.Info, err error) {
-	err = s.sn.Walk(ctx, func(_ context.Context, i snapshots.Info) error {
-		infos = append(infos, i)
-		return nil
+	err = s.meta.WithTransaction(ctx, false, func(ctx context.Context) error {
+		return storage.WalkInfo(ctx, func(_ context.Context, i snapshots.Info) error {
+			infos = append(infos, i)
+			return nil
+		})
 	})
 	if err != nil {
 		return nil, fmt.Errorf("list snapshots: %w", err)

@@ -257,6 +257,16 @@ func (r *Roster[R, S]) Unreadable() []string {
 	return slices.Collect(maps.Keys(r.unreadable))
 }
 
+// Records returns the records of all entries, in no order.
+func (r *Roster[R, S]) Records() []*R {
+	all := r.All()
+	records := make([]*R, len(all))
+	for i, e := range all {
+		records[i] = e.Get()
+	}
+	return records
+}
+
 // Reserve takes the record's name, or returns the ID of the entry that has it,
 // and whether that one is the same by what the caller asks for.
 func (r *Roster[R, S]) Reserve(rec *R, same func(held *R) bool) (holder string, isSame bool) {

@@ -80,7 +80,7 @@ var class = roster.Class[Record, State]{
 	},
 	Shown:     func(r *Record) bool { return r.State != Creating },
 	Encode:    (*Record).encode,
-	Decode:    decode,
+	Decode:    Decode,
 	LogFields: func(r *Record) logrus.Fields { return logrus.Fields{"pod": r.Name, "sandbox": r.ID} },
 }
 

@@ -80,23 +80,13 @@ func isID(name string) bool {
 
 // readAside finds out what is lost in this boot, by what lies in its folder.
 func (s *Store) readAside() error {
-	folder := filepath.Join(s.aside.dir, s.aside.boot.Now)
-	files, err := os.ReadDir(folder)
-	if errors.Is(err, os.ErrNotExist) {
-		return nil
-	}
-	if err != nil {
-		return fmt.Errorf("look for damaged records: %w", err)
-	}
-	for _, f := range files {
-		if strings.HasSuffix(f.Name(), partial) {
-			continue // its record is where it was still
-		}
-		s.log.WithField("file", filepath.Join(folder, f.Name())).
+	found, err := asideNow(s.aside)
+	for _, d := range found {
+		s.log.WithField("file", d.Path).
 			Warn("what this damaged record may stand for is left alone until the machine is restarted, or the file is removed and then podshim restarted")
-		s.lose(asideKey(f.Name()))
+		s.lose(key{d.Kind, d.ID})
 	}
-	return nil
+	return err
 }
 
 // asideKey is what a file in the folder is the record of; the zero key where nobody

@@ -203,6 +203,22 @@ func RemoveCgroup(path string) error {
 	return errors.Join(errs...)
 }
 
+// CgroupDirs are the directories of a cgroup, in each hierarchy that has it.
+func CgroupDirs(path string) []string {
+	var dirs []string
+	for _, h := range hierarchies() {
+		if dir := filepath.Join(h.root, path); isDir(dir) {
+			dirs = append(dirs, dir)
+		}
+	}
+	return dirs
+}
+
+func isDir(path string) bool {
+	fi, err := os.Stat(path)
+	return err == nil && fi.IsDir()
+}
+
 // cgroupsBelow lists dir and the directories below it, parents first.
 func cgroupsBelow(dir string) []string {
 	var dirs []string

@@ -595,6 +595,16 @@ func containsAny(s string, parts []string) bool {
 	return false
 }
 
+// Podshim is one of podshim's own commands with the node's configuration.
+func (n *Node) Podshim(args ...string) *exec.Cmd {
+	n.t.Helper()
+	bin, err := Binaries()
+	if err != nil {
+		n.t.Fatalf("find podshim: %v", err)
+	}
+	return exec.Command(bin+"/podshim", append([]string{"--config", dir(n.daemon, "config.toml")}, args...)...)
+}
+
 // Crictl runs crictl against the node.
 func (n *Node) Crictl(args ...string) *exec.Cmd {
 	n.t.Helper()

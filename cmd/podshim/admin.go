@@ -1,0 +1,92 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"path/filepath"
+	"time"
+
+	"github.com/podshim/podshim/internal/config"
+)
+
+// adminSocket is where a daemon answers podshim's own commands (doctor, explain),
+// in the run directory: HTTP with JSON, for root only.
+const adminSocket = "admin.sock"
+
+// errNoDaemon tells that no podshim runs on the run directory.
+var errNoDaemon = errors.New("podshim does not run")
+
+// openAdmin serves podshim's own commands beside CRI.
+func (d *parts) openAdmin(context.Context) error {
+	listener, err := openSocket(d.run(adminSocket), 0, 0o600)
+	if err != nil {
+		return err
+	}
+	mux := http.NewServeMux()
+	mux.HandleFunc("POST /doctor", func(w http.ResponseWriter, r *http.Request) {
+		report, err := d.examine(r.Context(), r.FormValue("repair") == "true")
+		answer(w, report, err)
+	})
+	server := &http.Server{Handler: mux, ReadHeaderTimeout: time.Minute}
+	d.events.Go(func() {
+		if err := server.Serve(listener); !errors.Is(err, http.ErrServerClosed) {
+			d.log.WithError(err).Error("serve podshim's own commands")
+		}
+	})
+	d.onClose(within(server.Shutdown))
+	return nil
+}
+
+// refusal is an error's form on the admin socket.
+type refusal struct {
+	Error string `json:"error"`
+}
+
+func answer(w http.ResponseWriter, body any, err error) {
+	w.Header().Set("Content-Type", "application/json")
+	if err != nil {
+		w.WriteHeader(http.StatusInternalServerError)
+		body = refusal{err.Error()}
+	}
+	_ = json.NewEncoder(w).Encode(body) // the client has gone
+}
+
+// askDaemon has the running daemon answer a command. errNoDaemon is in the chain
+// of its error when nobody listens.
+func askDaemon(ctx context.Context, cfg *config.Config, command string, args url.Values, body any) error {
+	socket := filepath.Join(cfg.Run, adminSocket)
+	client := &http.Client{Transport: &http.Transport{
+		DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			var d net.Dialer
+			conn, err := d.DialContext(ctx, "unix", socket)
+			if err != nil {
+				return nil, fmt.Errorf("%w: %w", errNoDaemon, err)
+			}
+			return conn, nil
+		},
+	}}
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://podshim/"+command+"?"+args.Encode(), nil)
+	if err != nil {
+		return err
+	}
+	resp, err := client.Do(req)
+	if err != nil {
+		return fmt.Errorf("ask podshim on %s: %w", socket, err)
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		var no refusal
+		if err := json.NewDecoder(io.LimitReader(resp.Body, 1<<20)).Decode(&no); err != nil || no.Error == "" {
+			return fmt.Errorf("podshim answers %s to %s: is it an older version?", resp.Status, command)
+		}
+		return errors.New(no.Error)
+	}
+	return json.NewDecoder(resp.Body).Decode(body)
+}
