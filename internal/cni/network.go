@@ -24,6 +24,9 @@
 // ADD is undone by DEL at once. One slow plugin holds up its own pod only;
 // Status never waits for a plugin.
 //
+// [Network.SetPodCIDRs] makes a network from an operator's template, for the range
+// of addresses that kubelet tells.
+//
 // Capabilities offered to plugins that declare them: portMappings, bandwidth,
 // ips, mac, dns, cgroupPath and io.kubernetes.cri.pod-annotations (the name that
 // containerd and CRI-O use). See [Pod.ReadAnnotations].

@@ -145,9 +145,9 @@ func TestPodCIDR(t *testing.T) {
 	if _, err := os.Stat(n.CNIConf + "/10-podshim-pod-cidr.conflist"); !os.IsNotExist(err) {
 		t.Errorf("the template was used beside a network that is there: %v", err)
 	}
-	s, err := n.Runtime.Status(n.Context(), &cri.StatusRequest{Verbose: true})
-	if err != nil || !strings.Contains(s.Info["cni"], "10.99.0.0/24") {
-		t.Errorf("status does not tell the range: %v, %v", s.GetInfo()["cni"], err)
+	stdout, stderr, err := output(t, n.Crictl("info", "-o", "go-template", "--template", "{{.cni.podCIDRs}}"), nil)
+	if err != nil || strings.TrimSpace(stdout) != "[10.99.0.0/24]" {
+		t.Errorf("crictl info tells the range %q, %v %s", stdout, err, stderr)
 	}
 }
 
