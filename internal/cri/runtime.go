@@ -41,7 +41,9 @@ func (s *runtimeService) Status(_ context.Context, req *runtime.StatusRequest) (
 		}},
 		Features: &runtime.RuntimeFeatures{
 			SupplementalGroupsPolicy: true,
-			MountOptions:             true,
+			// Such a pod has the host's /sys, recursively read-only.
+			UserNamespacesHostNetwork: s.Host.IDMapMounts && s.Host.RRO,
+			MountOptions:              true,
 		},
 	}
 	for _, name := range slices.Sorted(maps.Keys(s.Handlers)) {

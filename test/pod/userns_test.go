@@ -27,6 +27,10 @@ func testUserNamespace(t *testing.T, network cri.NamespaceMode) {
 	t.Parallel()
 	n := harness.Start(t, harness.Options{})
 	p := n.RunPod(podNamespaces(&cri.NamespaceOption{Pid: cri.NamespaceMode_CONTAINER, Network: network, UsernsOptions: options}))
+	if s, err := n.Runtime.Status(n.Context(), &cri.StatusRequest{}); err != nil ||
+		!s.GetFeatures().GetUserNamespacesHostNetwork() || !s.GetRuntimeHandlers()[0].GetFeatures().GetUserNamespaces() {
+		t.Errorf("kubelet is not told that this works: %v, %v", s, err)
+	}
 	if own := p.Infra().Namespace("net") != self.Namespace("net"); own != (network == cri.NamespaceMode_POD) {
 		t.Errorf("the pod has a network namespace of its own: %v", own)
 	}
