@@ -1,3 +1,8 @@
+// The number of CPUs is no matter of cgroups here, and "podmon init", which has one,
+// need not look for its own.
+//go:debug containermaxprocs=0
+//go:debug updatemaxprocs=0
+
 // Podmon is the parent of every container on the node. The daemon starts it from
 // a sealed memfd and talks to it over a socket; it is not meant to be run by hand:
 //
@@ -10,11 +15,6 @@
 //
 // libcontainer starts containers by running this program again as "podmon init".
 package main
-
-// The number of CPUs is no matter of cgroups here, and "podmon init", which has one,
-// need not look for its own.
-//go:debug containermaxprocs=0
-//go:debug updatemaxprocs=0
 
 import (
 	"errors"
