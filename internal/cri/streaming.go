@@ -32,7 +32,7 @@ func (s *runtimeService) Attach(_ context.Context, req *runtime.AttachRequest) (
 		return nil, err
 	}
 	if has := c.Get().Config.GetTty(); has != req.GetTty() {
-		return nil, fmt.Errorf("tty: is %t, but container %s has tty %t: %w", req.GetTty(), c.Get().ID, has, errdefs.ErrInvalidArgument)
+		return nil, fmt.Errorf("tty: is %t, but that container %s has a terminal is %t: %w", req.GetTty(), c.Get().ID, has, errdefs.ErrInvalidArgument)
 	}
 	return s.Streaming.GetAttach(req)
 }
