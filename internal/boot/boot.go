@@ -44,7 +44,7 @@ type mark struct {
 
 // Read reads the mark at path; one that makes no sense is as good as none.
 func Read(path string) (Last, error) {
-	now, err := current()
+	now, err := Current()
 	if err != nil {
 		return Last{}, err
 	}
@@ -66,8 +66,8 @@ func (l Last) MarkStarted(path string) error { return write(path, mark{Boot: l.N
 // MarkStopped marks that the daemon has ended in order.
 func (l Last) MarkStopped(path string) error { return write(path, mark{Boot: l.Now, Stopped: true}) }
 
-// current is the kernel's ID of this boot (random(4)).
-func current() (string, error) {
+// Current is the kernel's ID of this boot (random(4)).
+func Current() (string, error) {
 	raw, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
 	if err != nil {
 		return "", fmt.Errorf("read boot ID: %w", err)

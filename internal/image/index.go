@@ -178,3 +178,15 @@ func (x *index) uses(chain digest.Digest) bool {
 	}
 	return false
 }
+
+// unsynced returns the records of images whose layers may not all be on disk.
+func (x *index) unsynced() (recs []*record) {
+	x.mu.RLock()
+	defer x.mu.RUnlock()
+	for _, r := range x.byID {
+		if r.Unsynced != "" {
+			recs = append(recs, r)
+		}
+	}
+	return recs
+}

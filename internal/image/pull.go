@@ -4,8 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
-	"path/filepath"
 	"strings"
 	"sync"
 	"time"
@@ -16,7 +14,6 @@ import (
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sync/errgroup"
-	"golang.org/x/sys/unix"
 
 	"github.com/podshim/podshim/internal/flight"
 	"github.com/podshim/podshim/internal/rollback"
@@ -108,13 +105,11 @@ func (s *Store) pull(ctx context.Context, cancel context.CancelCauseFunc, named 
 	if err := s.fetchLayers(ctx, r, p.layers); err != nil {
 		return "", err
 	}
-	if err := s.syncLayers(); err != nil {
-		return "", err
-	}
 	if err := s.publishImage(named, p); err != nil {
 		return "", err
 	}
 	s.verifier.keep(p.id.String(), nil)
+	s.syncSoon()
 	s.log.WithField("image", named.String()).Infof("pulled %s, %d layers, %d bytes, in %s",
 		p.id, len(p.layers), p.size, time.Since(began).Round(time.Millisecond))
 	return p.id.String(), nil
@@ -305,20 +300,6 @@ func (f *fetch) stage(ctx context.Context) (*staged, error) {
 	return f.store.stage(ctx, f.layer, blob)
 }
 
-// syncLayers brings everything that was unpacked to disk, in one go: a file
-// at a time would take the disk's time for each.
-func (s *Store) syncLayers() error {
-	dir, err := os.Open(filepath.Join(s.cfg.Root, "snapshots"))
-	if err != nil {
-		return fmt.Errorf("sync layers: %w", err)
-	}
-	defer dir.Close()
-	if err := unix.Syncfs(int(dir.Fd())); err != nil {
-		return fmt.Errorf("sync layers: %w", err)
-	}
-	return nil
-}
-
 // publishImage makes the image visible under its names, which it takes from
 // whatever image had them.
 func (s *Store) publishImage(named reference.Named, p *pulled) error {
@@ -331,8 +312,10 @@ func (s *Store) publishImage(named reference.Named, p *pulled) error {
 	if len(p.layers) > 0 {
 		rec.ChainID = p.layers[len(p.layers)-1].chain
 	}
+	rec.Unsynced = s.boot
 	if old, ok := s.index.get(rec.ID); ok {
 		rec.RepoTags, rec.RepoDigests = old.RepoTags, old.RepoDigests
+		rec.Unsynced = old.Unsynced // its layers are what they were
 	}
 	rec.RepoTags, rec.RepoDigests = merge(rec.RepoTags, tag), merge(rec.RepoDigests, dgst)
 

@@ -30,6 +30,9 @@ type record struct {
 	Size        int64         `json:"size"`
 	ChainID     digest.Digest `json:"chain_id,omitempty"`
 	PulledAt    time.Time     `json:"pulled_at"`
+	// Unsynced is the boot ID of the machine that pulled the image, as long as its
+	// layers may not all be on disk.
+	Unsynced string `json:"unsynced,omitempty"`
 
 	config ocispec.ImageConfig // decoded from the config's bytes
 }
@@ -137,6 +140,22 @@ func (r *records) put(rec *record, config, manifest []byte, changed ...*record) 
 			}
 		}
 		return errors.Join(putRecord(b, rec), b.Put(keyConfig, config), b.Put(keyManifest, manifest))
+	})
+	if err != nil {
+		return fmt.Errorf("write image record: %w", err)
+	}
+	return nil
+}
+
+// update writes records that are there, and leaves their blobs as they are.
+func (r *records) update(recs ...*record) error {
+	err := r.db.Update(func(tx *bolt.Tx) error {
+		for _, rec := range recs {
+			if err := putRecord(tx.Bucket(bucketImages).Bucket([]byte(rec.ID)), rec); err != nil {
+				return err
+			}
+		}
+		return nil
 	})
 	if err != nil {
 		return fmt.Errorf("write image record: %w", err)

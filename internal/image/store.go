@@ -34,10 +34,15 @@
 // All layers of an image are unpacked at the same time, each into a directory of
 // its own. One whose digest and diff ID are right becomes a snapshot when its
 // parent is one; those that are ready together do so in one transaction. Then one
-// syncfs brings all of it to disk, and only then one transaction writes the
-// image's record, which makes it visible. Whatever no record reaches
-// is garbage: Open, Remove and failed pulls collect it. So after a crash or a
-// power cut an image is there whole or not at all, and a retry starts clean.
+// transaction writes the image's record, which makes it visible. Whatever no record
+// reaches is garbage: Open, Remove and failed pulls collect it.
+//
+// Nobody waits until all of it is on disk: the record says on which boot of the
+// machine it was written, and loses that mark when a syncfs in the background has
+// ended. On another boot an image with the mark may lack some of its files, and is
+// forgotten. So after a crash or a power cut an image is there whole or not at
+// all, and a retry starts clean; a power cut takes with it images that were
+// pulled in the last moments.
 //
 // # Damage
 //
@@ -75,6 +80,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	"github.com/sirupsen/logrus"
 
+	"github.com/podshim/podshim/internal/boot"
 	"github.com/podshim/podshim/internal/flight"
 )
 
@@ -91,10 +97,12 @@ type Store struct {
 	verifier verifier
 	publish  sync.Mutex
 	pulls    flight.Group
+	boot     string // ID of this boot of the machine
 
-	closing chan struct{} // closed by Close: pulls in flight end
-	sweep   sweeps        // what the sweeper is to remove, and what is being deleted
-	sweeper sync.WaitGroup
+	closing chan struct{}  // closed by Close: pulls in flight end
+	sweep   sweeps         // what the sweeper is to remove, and what is being deleted
+	unsync  chan struct{}  // asks the syncer to bring pulled layers to disk
+	sweeper sync.WaitGroup // the syncer too
 	discard struct {
 		sync.Mutex
 		keys []string // of snapshots that are to be removed
@@ -123,9 +131,12 @@ func Open(cfg Config) (_ *Store, err error) {
 	}
 	s := &Store{
 		cfg: cfg, log: cfg.Log, libLog: warningsOf(cfg.Log), index: idx, layers: newLayers(),
-		closing: make(chan struct{}), sweep: newSweeps(),
+		closing: make(chan struct{}), sweep: newSweeps(), unsync: make(chan struct{}, 1),
 	}
 	s.verifier.layers, s.verifier.kept = map[digest.Digest]*verified{}, map[string]func(){}
+	if s.boot, err = boot.Current(); err != nil {
+		return nil, err
+	}
 	if err := s.checkDatabases(); err != nil {
 		return nil, err
 	}
@@ -146,6 +157,8 @@ func Open(cfg Config) (_ *Store, err error) {
 		return nil, errors.Join(err, s.sn.Close(), s.records.close())
 	}
 	s.sweeper.Go(s.sweepLoop)
+	s.sweeper.Go(s.syncLoop)
+	s.syncSoon()
 	return s, nil
 }
 
@@ -235,6 +248,9 @@ func (s *Store) recover(ctx context.Context) error {
 	for _, rec := range whole {
 		err := s.checkLayers(ctx, rec)
 		switch {
+		case rec.Unsynced != "" && rec.Unsynced != s.boot:
+			s.log.WithField("image", rec.ID).Warn("the machine went down before the image was wholly on disk: image forgotten, pull it again")
+			drop = append(drop, rec.ID)
 		case errdefs.IsNotFound(err):
 			s.log.WithField("image", rec.ID).WithError(err).Warn("image has lost its layers: image forgotten, pull it again")
 			drop = append(drop, rec.ID)

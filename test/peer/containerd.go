@@ -11,8 +11,8 @@ import (
 )
 
 // StartContainerd runs the containerd of a directory that holds its shim and runc
-// as well. More is TOML put behind the configuration.
-func StartContainerd(ctx context.Context, dir string, place *private.Place, c private.Config, more string) (*Daemon, error) {
+// as well. More is TOML put behind the configuration, env is added to its environment.
+func StartContainerd(ctx context.Context, dir string, place *private.Place, c private.Config, more string, env ...string) (*Daemon, error) {
 	config := fmt.Sprintf(`version = 3
 root = %q
 state = %q
@@ -40,7 +40,7 @@ state = %q
 		return nil, fmt.Errorf("configure containerd: %w", err)
 	}
 	cmd := exec.Command(filepath.Join(dir, "containerd"), "--config", place.Path("containerd.toml"))
-	cmd.Env = append(os.Environ(), "PATH="+dir+":"+os.Getenv("PATH"))
+	cmd.Env = append(append(os.Environ(), "PATH="+dir+":"+os.Getenv("PATH")), env...)
 	cmd.Stdout, cmd.Stderr = c.Log, c.Log
 	return start(ctx, place, cmd)
 }
