@@ -259,13 +259,23 @@ func TestLeftoversDie(t *testing.T) {
 func TestOOM(t *testing.T) {
 	m := newMachine(t)
 	limit := int64(16 << 20)
-	id, _ := m.start("exec tail /dev/zero", func(r *monitor.StartRequest) {
+	limited := func(r *monitor.StartRequest) {
 		r.Spec.Mounts = append(r.Spec.Mounts, specs.Mount{Destination: "/dev/zero", Type: "bind", Source: "/dev/zero", Options: []string{"bind"}})
 		r.Spec.Linux.Resources.Memory = &specs.LinuxMemory{Limit: &limit, Swap: &limit}
 		r.Spec.Linux.Resources.Devices = []specs.LinuxDeviceCgroup{{Allow: true, Access: "rwm"}}
-	})
+	}
+	id, _ := m.start("exec tail /dev/zero", limited)
 	if e := m.exit(id); !e.OOMKilled || e.Code != 137 || !e.Known {
 		t.Errorf("exit %+v, want an OOM kill", e)
+	}
+	// A child had no memory; PID 1 is killed by whoever stops the container.
+	for _, all := range []bool{false, true} {
+		id, _ = m.start("tail /dev/zero; echo survived; exec sleep 1000", limited)
+		m.awaitLog(id, "survived")
+		must(t, m.Signal(t.Context(), id, unix.SIGKILL, all))
+		if e := m.exit(id); e.OOMKilled || e.Code != 137 || !e.Known {
+			t.Errorf("exit %+v, want a kill that is no OOM kill", e)
+		}
 	}
 }
 
