@@ -22,6 +22,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"runtime"
 	"runtime/debug"
 	"strconv"
 	"strings"
@@ -39,6 +40,11 @@ func init() {
 	if len(os.Args) > 1 && os.Args[1] == "init" {
 		libcontainer.Init()
 	}
+	// Keeps the first thread for main. At each start libcontainer has a goroutine join
+	// the container's mount namespace and throws its thread away, which Go cannot do
+	// with the first one: it would stay there, hold the namespace, and be what /proc/self
+	// shows.
+	runtime.LockOSThread()
 }
 
 func main() {
@@ -81,7 +87,9 @@ func run(args []string) error {
 	if err := os.NewFile(3, "ready").Close(); err != nil {
 		return fmt.Errorf("tell that podmon is ready: %w", err)
 	}
-	return s.Serve(l)
+	served := make(chan error, 1)
+	go func() { served <- s.Serve(l) }()
+	return <-served
 }
 
 // protect asks the kernel to kill others first when memory runs out, and returns

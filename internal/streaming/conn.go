@@ -327,12 +327,14 @@ func (w *watcher) run(raw syscall.RawConn) {
 	for {
 		var gone []*conn
 		err := raw.Read(func(fd uintptr) bool {
+			// Held over both, so that no event is of a connection that had the
+			// descriptor before.
+			w.mu.Lock()
+			defer w.mu.Unlock()
 			n, err := unix.EpollWait(int(fd), events, 0)
 			if err != nil || n <= 0 {
 				return false // Go's poller waits until there is something
 			}
-			w.mu.Lock()
-			defer w.mu.Unlock()
 			for _, e := range events[:n] {
 				if c := w.conns[e.Fd]; c != nil {
 					gone = append(gone, c)

@@ -24,8 +24,27 @@ const flood = `awk 'BEGIN {
 	x = sprintf("%07990d", 0)
 	do for (i = 0; i < 100; i++) print n++ " " x
 	while ((getline line < "/tmp/end") < 0)
-	print n " lines"
-}'`
+	print n > "/tmp/lines"
+}'
+while [ ! -e /tmp/leave ]; do usleep 10000; done`
+
+// endFlood ends the writing, and returns how many lines were written. The container
+// is told to leave by leave.
+func endFlood(t *testing.T, c *harness.Container) (lines int) {
+	t.Helper()
+	c.Output("touch", "/tmp/end")
+	asked(t, "the flood ends", func() bool {
+		out, _, code := c.Exec("cat", "/tmp/lines")
+		_, err := fmt.Sscan(out, &lines)
+		return code == 0 && err == nil
+	})
+	return lines
+}
+
+func leave(c *harness.Container) *cri.ContainerStatus {
+	c.Output("touch", "/tmp/leave")
+	return c.WaitExit()
+}
 
 // rotate does what kubelet does to a log that has become large, and returns the file
 // that nothing is written to any more.
@@ -101,12 +120,12 @@ func TestLogFlood(t *testing.T) {
 	looks, execs, pods := latencies(over)
 	rotating.Wait()
 	took := time.Since(began)
-	c.Output("touch", "/tmp/end")
-	if s := c.WaitExit(); s.ExitCode != 0 {
+	lines := endFlood(t, c)
+	if s := leave(c); s.ExitCode != 0 {
 		t.Errorf("the flood ended with %d", s.ExitCode)
 	}
-	if err := got.read(c.LogPath(), "stdout"); err != nil {
-		t.Error(err)
+	if err := got.read(c.LogPath(), "stdout"); err != nil || got.next != lines {
+		t.Errorf("%d lines of %d: %v", got.next, lines, err)
 	}
 	if len(got.notes) > 0 {
 		t.Errorf("notes in the log: %q", got.notes)
@@ -140,19 +159,9 @@ func TestLogOnFullDisk(t *testing.T) {
 	c := p.Shell(flood)
 	var got numbers
 	gaps, bytes := 0, 0
-	for i := range times(20, 3) {
-		asked(t, "the disk is full", func() bool {
-			var st unix.Statfs_t
-			return unix.Statfs(config.LogDirectory, &st) == nil && st.Bfree < 16
-		})
-		before := written(c)
-		asked(t, "the container writes on", func() bool { return written(c) > before+1<<20 })
-		old := fmt.Sprintf("%s.%d", c.LogPath(), i)
-		if err := os.Rename(c.LogPath(), old); err != nil {
-			t.Fatal(err)
-		}
-		// It is renamed, opened anew, and then makes room: kubelet removes the oldest.
-		if _, err := n.Runtime.ReopenContainerLog(n.Context(), &cri.ReopenContainerLogRequest{ContainerId: c.ID}); err != nil {
+	makeRoom := func(i int) {
+		old, err := rotate(n, c, i)
+		if err != nil {
 			t.Fatal(err)
 		}
 		lines, missing := readGaps(t, &got, old)
@@ -161,10 +170,21 @@ func TestLogOnFullDisk(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	c.Output("touch", "/tmp/end")
-	c.WaitExit()
-	lines, missing := readGaps(t, &got, c.LogPath())
-	gaps, bytes = gaps+lines, bytes+missing
+	rounds := times(20, 3)
+	for i := range rounds {
+		asked(t, "the disk is full", func() bool {
+			var st unix.Statfs_t
+			return unix.Statfs(config.LogDirectory, &st) == nil && st.Bfree < 16
+		})
+		before := written(c)
+		asked(t, "the container writes on", func() bool { return written(c) > before+1<<20 })
+		makeRoom(i)
+	}
+	lines := endFlood(t, c)
+	makeRoom(rounds) // for the last note
+	leave(c)
+	more, missing := readGaps(t, &got, c.LogPath())
+	gaps, bytes = gaps+more+lines-got.next, bytes+missing
 	// A record is a line with its number, the time and the stream before it.
 	if gaps == 0 || bytes < gaps*lineLength || bytes > gaps*(lineLength+60) {
 		t.Errorf("%d lines are missing, and the log speaks of %d bytes", gaps, bytes)
@@ -172,7 +192,7 @@ func TestLogOnFullDisk(t *testing.T) {
 	if err := p.StopAndRemove(); err != nil {
 		t.Error(err)
 	}
-	figures(t, "%d lines were written; %d could not be, and the log says so: %d bytes in %d places", got.next-gaps, gaps, bytes, len(got.notes))
+	figures(t, "%d lines; %d could not be written, and the log says so: %d bytes in %d places", lines, gaps, bytes, len(got.notes))
 }
 
 // written is how much the container's process has written until now.

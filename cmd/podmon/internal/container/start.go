@@ -9,7 +9,6 @@ import (
 	"path/filepath"
 	"slices"
 
-	"github.com/opencontainers/cgroups/manager"
 	"github.com/opencontainers/runc/libcontainer"
 	"github.com/opencontainers/runc/libcontainer/specconv"
 	"github.com/opencontainers/runtime-spec/specs-go"
@@ -125,18 +124,18 @@ func (c *Container) create(r wire.StartRequest) error {
 	if err != nil {
 		return fmt.Errorf("create: %w", err)
 	}
-	// libcontainer's own map, which its Destroy empties under a lock of its own.
-	paths := maps.Clone(state.CgroupPaths)
-	if c.cgroup, err = manager.NewWithPaths(config.Cgroups, maps.Clone(paths)); err != nil {
-		return fmt.Errorf("cgroup: %w", err)
+	c.rec = record{
+		Owner: c.m.Owner, LogRoot: r.LogRoot, LogPath: r.LogPath, Discard: r.Discard,
+		Terminal: r.Spec.Process.Terminal, Systemd: c.m.SystemdCgroup, CgroupPaths: maps.Clone(state.CgroupPaths),
+	}
+	// A manager of its own, also when it looks at the same cgroup: libcontainer changes its
+	// config and its paths under locks of its own.
+	if c.cgroup, err = cgroupAt(c.rec); err != nil {
+		return err
 	}
 	c.mu.Lock()
 	c.begun = c.cgroup
 	c.mu.Unlock()
-	c.rec = record{
-		Owner: c.m.Owner, LogRoot: r.LogRoot, LogPath: r.LogPath, Discard: r.Discard,
-		Terminal: r.Spec.Process.Terminal, Systemd: c.m.SystemdCgroup, CgroupPaths: paths,
-	}
 	if c.rec.Init, err = identifyFile("/proc/self/exe"); err != nil {
 		return fmt.Errorf("identify podmon's program: %w", err)
 	}
