@@ -87,7 +87,7 @@ func TestFullDisk(t *testing.T) {
 	}
 	for _, rounds := range []string{"first", "second"} {
 		filled := fill(t, n.Root)
-		before := state(n)
+		before := stateOf(n)
 		// More than one page of records: the database must grow for them.
 		padded := n.PodConfig(func(c *cri.PodSandboxConfig) {
 			c.Annotations = map[string]string{"padding": strings.Repeat("p", 64<<10)}
@@ -99,7 +99,7 @@ func TestFullDisk(t *testing.T) {
 		refused(t, "CreateContainer", err)
 		_, err = n.Images.PullImage(n.Context(), &cri.PullImageRequest{Image: &cri.ImageSpec{Image: big}})
 		refused(t, "PullImage", err)
-		if after := state(n); strings.Join(after, "\n") != strings.Join(before, "\n") {
+		if after := stateOf(n); strings.Join(after, "\n") != strings.Join(before, "\n") {
 			t.Errorf("%s round: the refused calls left something:\n%s", rounds, difference(before, after))
 		}
 		if !stays.Process().Alive() {
@@ -167,8 +167,8 @@ func TestImageIsRemovedFromAFullDisk(t *testing.T) {
 	n.Pull(big)
 }
 
-// state is the node's, without the processes that the writer starts all the time.
-func state(n *harness.Node) []string {
+// stateOf is the node's, without the processes that the writer starts all the time.
+func stateOf(n *harness.Node) []string {
 	return slices.DeleteFunc(n.State(), func(line string) bool {
 		return strings.HasPrefix(line, "process ") && strings.HasSuffix(line, " sleep")
 	})
