@@ -27,6 +27,7 @@ import (
 	"github.com/podshim/podshim/internal/doctor"
 	"github.com/podshim/podshim/internal/host"
 	"github.com/podshim/podshim/internal/image"
+	"github.com/podshim/podshim/internal/metrics"
 	"github.com/podshim/podshim/internal/monitor"
 	"github.com/podshim/podshim/internal/sandbox"
 	"github.com/podshim/podshim/internal/spec"
@@ -52,7 +53,7 @@ func serve(ctx context.Context, cfg *config.Config, log *logrus.Logger) (err err
 	streaming.RouteKlog(log.WithField("part", "streaming"))
 	d := &parts{cfg: cfg, log: log}
 	defer func() { err = errors.Join(err, d.close()) }()
-	if err := d.build(ctx, append(d.steps(), step{"serve CRI", d.openServer}, step{"serve podshim's commands", d.openAdmin})); err != nil {
+	if err := d.build(ctx, append(d.steps(), step{"metrics", d.openMetrics}, step{"serve CRI", d.openServer}, step{"serve podshim's commands", d.openAdmin})); err != nil {
 		return err
 	}
 	listener, err := listen(cfg.CRI)
@@ -92,6 +93,7 @@ type parts struct {
 	network    *cni.Network
 	monitor    *monitor.Monitor
 	stats      *stats.Collector
+	observer   cri.Observer // nil unless metrics are served
 	changes    cri.Events
 	server     *grpc.Server
 
@@ -448,6 +450,7 @@ func (d *parts) openServer(context.Context) error {
 		Host:       d.host,
 		Handlers:   d.handlers,
 		Effective:  d.cfg,
+		Observer:   d.observer,
 		MaxMessage: d.cfg.CRI.MaxMessageSize,
 		Log:        d.entry("cri"),
 	})
@@ -457,6 +460,37 @@ func (d *parts) openServer(context.Context) error {
 		return nil
 	})
 	return nil
+}
+
+// openMetrics serves podshim's own metrics where an address is configured.
+func (d *parts) openMetrics(context.Context) error {
+	if d.cfg.Metrics.Address == "" {
+		return nil
+	}
+	m := metrics.New(metrics.Sources{
+		Pods: func() map[string]int {
+			n := make(map[string]int)
+			for _, r := range d.sandboxes.List() {
+				n[string(r.State)]++
+			}
+			return n
+		},
+		Containers: func() map[string]int {
+			n := make(map[string]int)
+			for _, r := range d.containers.List() {
+				n[string(r.State)]++
+			}
+			return n
+		},
+		Podmons: d.monitor.Started,
+		Version: thisBuild().Version,
+	})
+	stop, err := m.Listen(d.cfg.Metrics.Address)
+	if err == nil {
+		d.observer = m
+		d.onClose(stop)
+	}
+	return err
 }
 
 func (d *parts) openStats(context.Context) (err error) {

@@ -49,7 +49,7 @@ func (c *Config) Complete() error {
 		}
 	}
 	return errors.Join(
-		c.checkDirs(), c.checkLog(), c.checkCRI(), c.checkCgroup(),
+		c.checkDirs(), c.checkLog(), c.checkCRI(), c.checkMetrics(), c.checkCgroup(),
 		c.checkNetwork(), c.checkImage(), c.checkRuntime(),
 	)
 }
@@ -166,6 +166,16 @@ func (c *Config) checkCRI() error {
 		between("cri.max_message_size", c.CRI.MaxMessageSize, 64<<10, 1<<31-1),
 		between("cri.exec_sync_output_limit", c.CRI.ExecSyncOutputLimit, 1<<10, max(1<<10, c.CRI.MaxMessageSize-messageRoom)),
 	)...)
+}
+
+func (c *Config) checkMetrics() error {
+	if c.Metrics.Address == "" {
+		return nil
+	}
+	if _, err := netip.ParseAddrPort(c.Metrics.Address); err != nil {
+		return fmt.Errorf("metrics.address: %q is not an IP address and a port", c.Metrics.Address)
+	}
+	return nil
 }
 
 func positive(key string, d Duration) error {

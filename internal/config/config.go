@@ -37,6 +37,7 @@ type Config struct {
 	Run     string  `toml:"run"`
 	Log     Log     `toml:"log"`
 	CRI     CRI     `toml:"cri"`
+	Metrics Metrics `toml:"metrics"`
 	Monitor Monitor `toml:"monitor"`
 	Cgroup  Cgroup  `toml:"cgroup"`
 	Network Network `toml:"network"`
@@ -60,6 +61,11 @@ type CRI struct {
 	StreamIdleTimeout   Duration `toml:"stream_idle_timeout"`
 	MaxMessageSize      int      `toml:"max_message_size"`       // bytes
 	ExecSyncOutputLimit int      `toml:"exec_sync_output_limit"` // bytes
+}
+
+// Metrics is the table [metrics].
+type Metrics struct {
+	Address string `toml:"address"`
 }
 
 // Monitor is the table [monitor].

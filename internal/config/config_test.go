@@ -154,6 +154,7 @@ func TestLoadRefuses(t *testing.T) {
 		{"level", "[log]\nlevel = \"loud\"", []string{`log.level: "loud"`}},
 		{"panic is no level", "[log]\nlevel = \"panic\"", []string{"log.level: "}},
 		{"format", "[log]\nformat = \"xml\"", []string{`log.format: "xml"`}},
+		{"metrics address", "[metrics]\naddress = \"localhost:1\"", []string{"metrics.address: "}},
 		{"stream address", "[cri]\nstream_address = \"localhost\"", []string{"cri.stream_address: "}},
 		{"stream port", "[cri]\nstream_port = 65536", []string{"cri.stream_port: 65536"}},
 		{"idle timeout", "[cri]\nstream_idle_timeout = \"0s\"", []string{"cri.stream_idle_timeout: "}},

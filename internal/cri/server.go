@@ -26,6 +26,12 @@ type Streaming interface {
 	GetPortForward(*runtime.PortForwardRequest) (*runtime.PortForwardResponse, error)
 }
 
+// Observer sees calls; *metrics.Metrics is one.
+type Observer interface {
+	Unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error)
+	Stream(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error
+}
+
 // Config is what the services are made of.
 type Config struct {
 	// Version is podshim's own (CRI VersionResponse.runtime_version).
@@ -43,6 +49,8 @@ type Config struct {
 	Handlers map[string]spec.Handler
 	// Effective is the whole configuration, for verbose Status.
 	Effective any
+	// Observer sees every call with its code; nil is none.
+	Observer Observer
 	// MaxMessage is the largest message either way, bytes.
 	MaxMessage int
 	Log        *logrus.Entry
@@ -50,12 +58,14 @@ type Config struct {
 
 // NewServer returns a gRPC server that serves both CRI services.
 func NewServer(cfg Config) *grpc.Server {
-	s := grpc.NewServer(
-		grpc.MaxRecvMsgSize(cfg.MaxMessage),
-		grpc.MaxSendMsgSize(cfg.MaxMessage),
-		grpc.UnaryInterceptor(intercept(cfg.Log, cfg.MaxMessage)),
-		grpc.StreamInterceptor(interceptStream(cfg.Log)),
-	)
+	options := []grpc.ServerOption{grpc.MaxRecvMsgSize(cfg.MaxMessage), grpc.MaxSendMsgSize(cfg.MaxMessage)}
+	if cfg.Observer != nil { // outermost: it wants the codes
+		options = append(options, grpc.ChainUnaryInterceptor(cfg.Observer.Unary), grpc.ChainStreamInterceptor(cfg.Observer.Stream))
+	}
+	s := grpc.NewServer(append(options,
+		grpc.ChainUnaryInterceptor(intercept(cfg.Log, cfg.MaxMessage)),
+		grpc.ChainStreamInterceptor(interceptStream(cfg.Log)),
+	)...)
 	runtime.RegisterRuntimeServiceServer(s, &runtimeService{Config: cfg})
 	runtime.RegisterImageServiceServer(s, &imageService{Config: cfg})
 	return s

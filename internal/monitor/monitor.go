@@ -27,6 +27,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -70,8 +71,9 @@ type Monitor struct {
 	cancel context.CancelFunc
 	work   sync.WaitGroup
 
-	remains []string // directories of podmons that New found dead, or killed
-	fallen  []*link  // those of them that had told of their containers
+	started atomic.Uint64 // podmons, by this daemon
+	remains []string      // directories of podmons that New found dead, or killed
+	fallen  []*link       // those of them that had told of their containers
 
 	// upgrading is held while the current podmon changes, not for requests.
 	upgrading sync.Mutex
@@ -464,6 +466,9 @@ func (m *Monitor) ReopenLog(ctx context.Context, id string) error {
 	}
 	return m.do(ctx, id, wire.OpReopenLog, wire.Ref{ID: id})
 }
+
+// Started is how many podmons this Monitor has started.
+func (m *Monitor) Started() uint64 { return m.started.Load() }
 
 // Update changes a running container's resources, and the oom_score_adj of its
 // processes; what r leaves out stays, and the score with a nil adj.

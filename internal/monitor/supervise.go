@@ -140,6 +140,7 @@ func (m *Monitor) startPodmon(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	m.started.Add(1)
 	m.log.WithField("podmon", name).WithField("pid", l.Process.PID).Info("podmon started")
 	m.admit(l, true)
 	return nil
