@@ -147,6 +147,17 @@ func TestUpdateRefusals(t *testing.T) {
 	if !process.Alive() {
 		t.Error("the container did not survive")
 	}
+	for field, req := range map[string]*cri.UpdateContainerResourcesRequest{
+		"annotations": {Linux: &cri.LinuxContainerResources{CpuShares: 77}, Annotations: map[string]string{"a": "b"}},
+		"windows":     {Linux: &cri.LinuxContainerResources{CpuShares: 77}, Windows: &cri.WindowsContainerResources{CpuShares: 1}},
+		"linux":       {},
+	} {
+		req.ContainerId = c.ID
+		_, err := n.Runtime.UpdateContainerResources(n.Context(), req)
+		if err == nil || !strings.HasPrefix(status.Convert(err).Message(), field+": ") {
+			t.Errorf("%s: %v", field, err)
+		}
+	}
 	// Nothing of it is in the way of what can be.
 	if err := update(n, c, &cri.LinuxContainerResources{CpuQuota: 40000, CpuPeriod: 100000, MemoryLimitInBytes: 96 << 20}); err != nil {
 		t.Errorf("a good update after the bad ones: %v", err)
