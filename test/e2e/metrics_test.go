@@ -6,6 +6,7 @@ import (
 	"math"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -117,6 +118,8 @@ func TestMetricsAreCAdvisors(t *testing.T) {
 	}) {
 		t.Fatalf("cAdvisor has not seen %s", cgroup)
 	}
+	// kubelet asks for the stats of no pod at all, to see whether the call is there.
+	k.expect = append(k.expect, regexp.MustCompile(`pod_sandbox_id: is empty`))
 	k.switchGate(t)
 	ours := k.scrape(t)
 	described, err := k.Node.Runtime.ListMetricDescriptors(k.Node.Context(), &cri.ListMetricDescriptorsRequest{})
