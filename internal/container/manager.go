@@ -131,7 +131,12 @@ func (m *Manager) recheck(c *Container, known map[string]monitor.Status) error {
 		// Its Start failed, and so did ending what was started.
 		return m.all.Update(c, func(r *Record) { r.Unended = true })
 	case r.State == Running && !monitored:
-		return m.exited(c, monitor.Exit{At: time.Now()}, "podshim found no process of it when it started")
+		message := "podshim found no process of it when it started"
+		if r.Process.Alive() {
+			message = "podmon has lost it: it runs, unseen, until it is stopped or removed"
+			m.log(r).WithField("pid", r.Process.PID).Error(message)
+		}
+		return m.exited(c, monitor.Exit{At: time.Now()}, message)
 	case r.State == Running && status.Exit != nil:
 		return m.exited(c, *status.Exit, "")
 	case r.State == Created && monitored:

@@ -10,6 +10,7 @@ import (
 
 	"github.com/podshim/podshim/internal/flight"
 	"github.com/podshim/podshim/internal/image"
+	"github.com/podshim/podshim/internal/monitor"
 )
 
 // Remove ends a container if need be, gives back all it holds and forgets it.
@@ -59,9 +60,8 @@ func (m *Manager) remove(ctx context.Context, c *Container) error {
 // It goes on after an error: each thing is worth having back.
 func (m *Manager) release(ctx context.Context, r *Record) error {
 	var errs []error
-	if err := m.Monitor.Delete(ctx, r.ID); err != nil && !errdefs.IsNotFound(err) {
-		// Its processes may run in the root: that must not go from under them.
-		return fmt.Errorf("end its processes: %w", err)
+	if err := m.endProcesses(ctx, r); err != nil {
+		return err // they may run in the root: that must not go from under them
 	}
 	if err := m.releaseImages(ctx, r); err != nil {
 		errs = append(errs, fmt.Errorf("image mounts: %w", err))
@@ -79,6 +79,18 @@ func (m *Manager) release(ctx context.Context, r *Record) error {
 		if err := os.RemoveAll(dir); err != nil {
 			return fmt.Errorf("remove container directory: %w", err)
 		}
+	}
+	return nil
+}
+
+// endProcesses ends every process of a container, one too that podmon has lost.
+func (m *Manager) endProcesses(ctx context.Context, r *Record) error {
+	err := m.Monitor.Delete(ctx, r.ID)
+	if err == nil || errdefs.IsNotFound(err) {
+		err = monitor.EndLost(ctx, r.Process, r.CgroupsPath, m.Host.SystemdCgroup)
+	}
+	if err != nil {
+		return fmt.Errorf("end its processes: %w", err)
 	}
 	return nil
 }

@@ -108,8 +108,8 @@ func (m *Manager) startFailed(ctx context.Context, c *Container, cause error) er
 // end ends every process of a container and lets go of what only a running one
 // needs.
 func (m *Manager) end(ctx context.Context, r *Record) error {
-	if err := m.Monitor.Delete(ctx, r.ID); err != nil && !errdefs.IsNotFound(err) {
-		return fmt.Errorf("end its processes: %w", err)
+	if err := m.endProcesses(ctx, r); err != nil {
+		return err
 	}
 	// Not from under a process.
 	return m.unmountRoot(r)

@@ -35,7 +35,7 @@ func (m *Manager) Stop(ctx context.Context, id string, grace time.Duration) erro
 	case Created:
 		return m.abandon(ctx, c)
 	default:
-		return nil
+		return m.stopLost(ctx, r)
 	}
 	if grace > 0 {
 		if ended, err := m.ask(ctx, c, grace); err != nil || ended {
@@ -146,12 +146,22 @@ func (m *Manager) stopNow(ctx context.Context, c *Container) error {
 	if err != nil {
 		return err
 	}
-	running := c.Get().State == Running
+	r := c.Get()
 	unlock()
-	if !running {
-		return nil
+	if r.State != Running {
+		return m.stopLost(ctx, r)
 	}
 	return m.kill(ctx, c)
+}
+
+// stopLost ends a container that has ended for all that is known of it, and whose
+// process runs: podmon has lost it.
+func (m *Manager) stopLost(ctx context.Context, r *Record) error {
+	if r.Process.PID == 0 || !r.Process.Alive() {
+		return nil
+	}
+	m.log(r).WithField("pid", r.Process.PID).Warn("podmon does not know this container, and it runs: ending it")
+	return m.endProcesses(ctx, r)
 }
 
 // RemovePod removes a sandbox with all its containers, running or not.

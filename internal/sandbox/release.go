@@ -8,6 +8,8 @@ import (
 	"github.com/containerd/errdefs"
 
 	"github.com/podshim/podshim/internal/flight"
+	"github.com/podshim/podshim/internal/monitor"
+	"github.com/podshim/podshim/internal/spec"
 )
 
 // Quiesce makes the sandbox NotReady, so that nothing starts in it any more. The
@@ -117,7 +119,12 @@ func (m *Manager) release(ctx context.Context, r *Record) error {
 		network <- err
 	}()
 	var errs []error
-	if err := m.Monitor.Delete(ctx, r.ID); err != nil && !errdefs.IsNotFound(err) {
+	err := m.Monitor.Delete(ctx, r.ID)
+	if err == nil || errdefs.IsNotFound(err) {
+		// One that podmon has lost it does not end.
+		err = monitor.EndLost(ctx, r.Infra, spec.CgroupsPath(r.CgroupParent, r.ID, m.Host.SystemdCgroup), m.Host.SystemdCgroup)
+	}
+	if err != nil {
 		errs = append(errs, fmt.Errorf("remove infra container: %w", err))
 	}
 	if err := m.Infra.Release(ctx, r.ID); err != nil {

@@ -6,6 +6,7 @@ import (
 	"io"
 	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -35,7 +36,7 @@ type world struct {
 	failAt   int // which step fails, counted from 1; 0 is none
 	delFails int // how often Del fails before it works
 
-	infra     map[string]bool
+	infra     map[string]*exec.Cmd
 	networks  map[string]bool
 	roots     map[string]bool
 	records   map[string][]byte
@@ -63,16 +64,30 @@ func (w *world) note(f func()) {
 }
 
 func (w *world) Start(_ context.Context, r monitor.StartRequest) (monitor.Process, error) {
+	infra := exec.Command("sleep", "100000")
+	if err := infra.Start(); err != nil {
+		return monitor.Process{}, err
+	}
 	// Taken even when the step fails: an answer may be lost on its way.
-	w.note(func() { w.infra[r.ID] = true })
+	w.note(func() { w.infra[r.ID] = infra })
 	if err := w.step(); err != nil {
 		return monitor.Process{}, err
 	}
-	return wire.Identify(os.Getpid())
+	return wire.Identify(infra.Process.Pid)
 }
 
 func (w *world) Delete(ctx context.Context, id string) error {
-	w.note(func() { delete(w.infra, id) })
+	var infra *exec.Cmd
+	w.note(func() {
+		infra = w.infra[id]
+		delete(w.infra, id)
+	})
+	if infra != nil {
+		if err := infra.Process.Kill(); err != nil {
+			return err
+		}
+		_ = infra.Wait() // killed
+	}
 	return ctx.Err()
 }
 
@@ -141,7 +156,7 @@ func (r recordsOf) Delete(kind state.Kind, id string) error { return r.forgetRec
 
 func newWorld() *world {
 	return &world{
-		infra: map[string]bool{}, networks: map[string]bool{}, roots: map[string]bool{}, records: map[string][]byte{},
+		infra: map[string]*exec.Cmd{}, networks: map[string]bool{}, roots: map[string]bool{}, records: map[string][]byte{},
 	}
 }
 
@@ -164,6 +179,12 @@ func (w *world) manager(t *testing.T, dir string) *Manager {
 		if err := m.Close(context.Background()); err != nil {
 			t.Error(err)
 		}
+		w.note(func() {
+			for _, infra := range w.infra { // of a test that failed
+				_ = infra.Process.Kill()
+				_ = infra.Wait()
+			}
+		})
 	})
 	return m
 }
@@ -173,7 +194,10 @@ func (w *world) held(t *testing.T, dir string) []string {
 	t.Helper()
 	var all []string
 	w.note(func() {
-		for what, ids := range map[string]map[string]bool{"infra": w.infra, "network": w.networks, "root": w.roots} {
+		for id := range w.infra {
+			all = append(all, "infra "+id)
+		}
+		for what, ids := range map[string]map[string]bool{"network": w.networks, "root": w.roots} {
 			for id := range ids {
 				all = append(all, what+" "+id)
 			}

@@ -2,6 +2,7 @@ package fault
 
 import (
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -290,4 +291,33 @@ func TestLayerDamagedByAPowerCut(t *testing.T) {
 	c.WaitLog("what the image holds")
 	// An image that lost nothing is used as ever.
 	pod.Run([]string{"true"}).WaitExit()
+}
+
+// Somebody empties the run directory while pods run, mounts aside, which cannot be
+// deleted. The containers run on, and what is known of them in the root directory is
+// enough to remove them.
+func TestEmptiedRunDirectory(t *testing.T) {
+	harness.NeedRoot(t)
+	t.Parallel()
+	n := harness.Start(t, harness.Options{})
+	h := hold(t, n)
+	n.Stop()
+	empty := exec.Command("find", n.RunDir, "-xdev", "-mindepth", "1", "-not", "-path", "*/rootfs", "-not", "-path", "*/shm", "-type", "f,s,p,l", "-delete")
+	if out, err := empty.CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	n.Resume()
+	n.WaitLog("podmon has lost it", h.c.ID)
+	if !h.infra.Alive() || !h.process.Alive() {
+		t.Errorf("processes: infra alive %t, container alive %t", h.infra.Alive(), h.process.Alive())
+	}
+	if s := h.c.Status(); s.ExitCode != 255 || s.Reason != "Unknown" {
+		t.Errorf("nobody sees it any more, and it is %v, code %d, reason %q", s.State, s.ExitCode, s.Reason)
+	}
+	hold(t, n)
+	// kubelet stops the pod that is not ready any more before it makes another one.
+	if err := h.pod.StopAndRemove(); err != nil {
+		t.Fatal(err)
+	}
+	h.gone(t)
 }
