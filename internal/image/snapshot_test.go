@@ -3,6 +3,7 @@ package image
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -317,5 +318,18 @@ func TestIDMappedViewOfOneLayer(t *testing.T) {
 	}
 	if err := os.WriteFile(filepath.Join(target, "new"), nil, 0o644); !errors.Is(err, unix.EROFS) {
 		t.Errorf("write: %v", err)
+	}
+}
+
+// What a container costs the image store on its way up and down.
+func BenchmarkPrepareAndDiscard(b *testing.B) {
+	ctx := context.Background()
+	s, img := pulledStore(b)
+	for n := 0; b.Loop(); n++ {
+		key := fmt.Sprint("c", n)
+		if _, err := s.Prepare(ctx, key, img); err != nil {
+			b.Fatal(err)
+		}
+		s.DiscardSnapshot(key)
 	}
 }
