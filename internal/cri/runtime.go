@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"maps"
 	"net/netip"
+	goruntime "runtime"
 	"slices"
 	"strings"
 
@@ -57,7 +58,8 @@ func (s *runtimeService) Status(_ context.Context, req *runtime.StatusRequest) (
 	}
 	if req.GetVerbose() {
 		var err error
-		if resp.Info, err = info("config", s.Effective, "cni", s.Network.Info(), "host", s.Host); err != nil {
+		daemon := map[string]int{"goroutines": goruntime.NumGoroutine()}
+		if resp.Info, err = info("config", s.Effective, "cni", s.Network.Info(), "host", s.Host, "daemon", daemon); err != nil {
 			return nil, err
 		}
 	}
