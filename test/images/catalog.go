@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
+	"strings"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/empty"
@@ -22,6 +23,12 @@ const (
 	Nginx   = "registry.k8s.io/e2e-test-images/nginx:1.14-2"
 	Httpd   = "registry.k8s.io/e2e-test-images/httpd:2.4.39-4"
 	Pause   = "registry.k8s.io/pause:3.9"
+	// Etcd serves gRPC's health protocol on its client port.
+	Etcd = "registry.k8s.io/etcd:3.5.1-0"
+	// Iptables is what kube-proxy's image is built on.
+	Iptables = "registry.k8s.io/build-image/distroless-iptables:v0.7.6"
+	// DumbInit has nginx under an init of its own.
+	DumbInit = "registry.k8s.io/ingress-nginx/controller:v1.12.1"
 )
 
 const searchPath = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -51,6 +58,18 @@ func recipes(ctx context.Context, d *debian, work string) ([]recipe, error) {
 	if err != nil {
 		return nil, err
 	}
+	etcd, err := etcdTree(d, busybox)
+	if err != nil {
+		return nil, err
+	}
+	iptables, err := iptablesTree(d, busybox)
+	if err != nil {
+		return nil, err
+	}
+	dumbInit := tree{}
+	if err := dumbInit.binaries(d, []tree{busybox, nginx}, "/usr/bin/dumb-init"); err != nil {
+		return nil, fmt.Errorf("dumb-init image: %w", err)
+	}
 	pause, err := compiled(ctx, work, "pause", 0o755)
 	if err != nil {
 		return nil, err
@@ -79,6 +98,11 @@ func recipes(ctx context.Context, d *debian, work string) ([]recipe, error) {
 		}},
 		{names: []string{Pause, "k8s.gcr.io/pause:3.9"}, layers: []tree{pause}, index: true, config: v1.Config{
 			Env: []string{searchPath}, Entrypoint: []string{"/pause"}, User: "65535:65535", WorkingDir: "/",
+		}},
+		{names: []string{Etcd}, layers: []tree{busybox, etcd}, config: shell, index: true},
+		{names: []string{Iptables}, layers: []tree{busybox, iptables}, config: shell, index: true},
+		{names: []string{DumbInit}, layers: []tree{busybox, nginx, dumbInit}, index: true, config: v1.Config{
+			Env: []string{searchPath}, Entrypoint: []string{"/usr/bin/dumb-init", "--"}, Cmd: web.Cmd,
 		}},
 		{names: []string{"registry.k8s.io/e2e-test-images/nonewprivs:1.3"}, layers: []tree{setuid}, index: true,
 			config: v1.Config{Env: []string{searchPath}, Entrypoint: []string{"/nonewprivs"}}},
@@ -274,6 +298,41 @@ DirectoryIndex index.html
 	t.text("/etc/apache2/apache2.conf", config) // the path compiled into Debian's Apache
 	t.text("/usr/local/apache2/conf/mime.types", "text/html html\ntext/plain txt\n")
 	t.text("/usr/local/apache2/htdocs/index.html", page("It works!"))
+	return t, nil
+}
+
+// etcdTree is etcd where its own image has it.
+func etcdTree(d *debian, base tree) (tree, error) {
+	t := tree{}
+	if err := t.binaries(d, []tree{base}, "/usr/bin/etcd"); err != nil {
+		return nil, fmt.Errorf("etcd image: %w", err)
+	}
+	t.symlink("/usr/local/bin/etcd", "/usr/bin/etcd")
+	return t, nil
+}
+
+// iptablesTree is iptables on nftables. Its matches and targets are libraries that it
+// opens by name when a rule needs them.
+func iptablesTree(d *debian, base tree) (tree, error) {
+	t := tree{}
+	programs := []string{"/usr/sbin/xtables-nft-multi"}
+	dir, err := d.path("/usr/lib")
+	if err != nil {
+		return nil, fmt.Errorf("iptables image: %w", err)
+	}
+	extensions, err := filepath.Glob(dir + "/*-linux-gnu*/xtables/*.so")
+	if err != nil || len(extensions) == 0 {
+		return nil, fmt.Errorf("iptables image: no extensions below %s: %w", dir, err)
+	}
+	for _, extension := range extensions {
+		programs = append(programs, strings.TrimPrefix(extension, d.root))
+	}
+	if err := t.binaries(d, []tree{base}, programs...); err != nil {
+		return nil, fmt.Errorf("iptables image: %w", err)
+	}
+	for _, name := range []string{"iptables", "iptables-save", "ip6tables", "ip6tables-save"} {
+		t.symlink("/usr/sbin/"+name, "xtables-nft-multi")
+	}
 	return t, nil
 }
 

@@ -3,6 +3,7 @@ package images
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"debug/elf"
 	"errors"
 	"fmt"
@@ -22,7 +23,7 @@ import (
 // release of the machine they are built on.
 const (
 	suite    = "bookworm"
-	packages = "busybox,procps,nginx-light,apache2-bin"
+	packages = "busybox,procps,nginx-light,apache2-bin,etcd-server,dumb-init,iptables"
 )
 
 // debian is a directory tree of unpacked Debian packages. Nothing of it is
@@ -34,7 +35,9 @@ type debian struct{ root string }
 // About 20 s and 240 MB; the tree appears under its final name only when
 // complete.
 func fetchDebian(ctx context.Context, dir string) (*debian, error) {
-	final := filepath.Join(dir, "debian-"+suite+"-"+runtime.GOARCH)
+	// Other packages are another tree: an older one lacks what was added since.
+	key := sha256.Sum256([]byte(packages))
+	final := filepath.Join(dir, fmt.Sprintf("debian-%s-%s-%x", suite, runtime.GOARCH, key[:4]))
 	if _, err := os.Stat(final); err == nil {
 		return &debian{root: final}, nil
 	}

@@ -3,7 +3,8 @@
 //
 // The machine that tests run on has no registry to pull from. Build makes
 // every image that critest asks for (and our own tests use) from real
-// programs: busybox, nginx, Apache, and two small C programs compiled here.
+// programs: busybox, nginx, Apache, etcd, iptables, dumb-init, and two small C
+// programs compiled here.
 // Serve puts them behind a registry on 127.0.0.1 under their real repository
 // names, and Server.WriteHosts writes the certs.d directory (hosts.toml, as
 // containerd reads it) that sends registry.k8s.io, k8s.gcr.io and gcr.io
@@ -25,6 +26,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"time"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/empty"
@@ -124,7 +126,8 @@ func lock(path string) (unlock func(), err error) {
 }
 
 // build writes the layout under a temporary name, renames it to final, and
-// drops the layouts of older sources.
+// drops the layouts of older sources. One that is younger than a day may be in use:
+// several checkouts can have one directory.
 func build(ctx context.Context, dir, final string) error {
 	d, err := fetchDebian(ctx, dir)
 	if err != nil {
@@ -148,6 +151,9 @@ func build(ctx context.Context, dir, final string) error {
 		return err
 	}
 	for _, old := range older {
+		if info, err := os.Stat(old); err == nil && time.Since(info.ModTime()) < 24*time.Hour {
+			continue
+		}
 		if err := os.RemoveAll(old); err != nil {
 			return fmt.Errorf("remove older images: %w", err)
 		}
