@@ -175,4 +175,8 @@ kubelet: ## kubelet, at the version of hack/kubelet (takes minutes, once)
 .PHONY: e2e
 e2e: build tools images kubelet ## The pods of examples/, run by a real kubelet
 	@$(need) $(NEED_TEST)
-	PODSHIM_BIN_DIR=$(BIN) PODSHIM_TOOLS_DIR=$(TOOLS) go test -count=1 -timeout 20m ./test/e2e/... $(ARGS)
+	PODSHIM_BIN_DIR=$(BIN) PODSHIM_TOOLS_DIR=$(TOOLS) go test -count=1 -timeout 30m ./test/e2e/... $(ARGS)
+
+.PHONY: e2e-short
+e2e-short: ## The same with fewer pods at once and fewer probes: what CI runs
+	@$(MAKE) --no-print-directory e2e ARGS='-short $(ARGS)'

@@ -3,6 +3,8 @@ package e2e
 import (
 	"encoding/json"
 	"fmt"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -77,6 +79,118 @@ func testProbes(t *testing.T, k *Kubelet) {
 	if log := p.Logs("fading", "previous=true"); log != "stopping\n" {
 		t.Errorf("the preStop hook left %q in the log of the instance before", log)
 	}
+}
+
+// P14: a child that takes too much memory is killed; its container is not, where
+// the kernel kills single processes.
+func testChildOOM(t *testing.T, k *Kubelet) {
+	p := k.Run("child-oom")
+	if harness.CgroupV2() {
+		p.Wait("killed as a whole", func(s PodStatus) bool {
+			end := s.Container("parent").LastState.Terminated
+			return end != nil && end.Reason == "OOMKilled"
+		})
+		return
+	}
+	p.WaitReady()
+	parent := p.Process("parent")
+	if log := p.WaitLog("parent", "child ended"); !strings.Contains(log, "child ended with 137\n") {
+		t.Errorf("the parent says %q", log)
+	}
+	c := p.Status().Container("parent")
+	if !parent.Alive() || c.State.Running == nil || c.RestartCount != 0 || c.LastState.Terminated != nil {
+		t.Errorf("the parent is %v, want it running as before", c)
+	}
+}
+
+// podPids is the limit of processes that [TestPods]' kubelet gives each pod.
+const podPids = 200
+
+// P14: a pod's processes are limited.
+func testPIDLimit(t *testing.T, k *Kubelet) {
+	p := k.Run("pid-limit")
+	p.WaitLog("forker", "can't fork")
+	status := p.Status()
+	if got := k.podCgroup(t, status, "pids.max"); got != fmt.Sprint(podPids) {
+		t.Errorf("the pod may have %s processes, want %d", got, podPids)
+	}
+}
+
+// podCgroup is the value of a file of a pod's cgroup, which is there as long as kubelet
+// has the pod, with processes or without. The file has the same name on v1 and v2.
+func (k *Kubelet) podCgroup(t *testing.T, status PodStatus, file string) string {
+	t.Helper()
+	controller, _, _ := strings.Cut(file, ".")
+	root := "/sys/fs/cgroup"
+	if !harness.CgroupV2() {
+		root = filepath.Join(root, controller)
+	}
+	class := map[string]string{"Guaranteed": "", "Burstable": "burstable", "BestEffort": "besteffort"}[status.Status.QOSClass]
+	data, err := os.ReadFile(filepath.Join(root, k.CgroupRoot, "kubepods", class, "pod"+status.Metadata.UID, file))
+	if err != nil {
+		t.Errorf("cgroup of pod: %v", err)
+	}
+	return strings.TrimSpace(string(data))
+}
+
+// hugePages gives the machine some huge pages for as long as the test; false where it
+// has none to give.
+func hugePages(t TB, count int) bool {
+	const file = "/proc/sys/vm/nr_hugepages"
+	before, err := os.ReadFile(file)
+	if err != nil {
+		return false
+	}
+	t.Cleanup(func() { _ = os.WriteFile(file, before, 0) })
+	if err := os.WriteFile(file, []byte(fmt.Sprint(count)), 0); err != nil {
+		return false
+	}
+	now, err := os.ReadFile(file)
+	return err == nil && strings.TrimSpace(string(now)) == fmt.Sprint(count)
+}
+
+// P14: huge pages are a resource and a volume.
+func testHugePages(t *testing.T, k *Kubelet) {
+	if free, _ := os.ReadFile("/proc/sys/vm/nr_hugepages"); strings.TrimSpace(string(free)) == "0" {
+		t.Skip("SKIPPED: this machine gives no huge pages")
+	}
+	p := k.Run("huge-pages")
+	if !hugetlb() {
+		// A limit that nobody keeps is none: podshim does not start the container, and says why.
+		p.Wait("refused", func(s PodStatus) bool {
+			w := s.Container("huge").State.Waiting
+			return w != nil && w.Reason == "CreateContainerError" && strings.Contains(w.Message, `this machine cannot limit "2MB" pages`)
+		})
+		return
+	}
+	p.WaitReady()
+	log := p.WaitLog("huge", "looked\n")
+	for _, want := range []string{"hugetlbfs", "4194304", "HugePages_Free:        2\n"} {
+		if !strings.Contains(log, want) {
+			t.Errorf("the container does not say %q:\n%s", want, log)
+		}
+	}
+	if got, err := p.Process("huge").CgroupValue("hugetlb.2MB.limit_in_bytes", "hugetlb.2MB.max"); err != nil || got != "4194304" {
+		t.Errorf("the container's limit of huge pages is %s, %v; want 4194304", got, err)
+	}
+}
+
+// hugetlb tells whether this machine has the controller for huge pages mounted.
+func hugetlb() bool {
+	if harness.CgroupV2() {
+		controllers, _ := os.ReadFile("/sys/fs/cgroup/cgroup.controllers")
+		return strings.Contains(string(controllers), "hugetlb")
+	}
+	mounts, _ := os.ReadFile("/proc/self/mounts")
+	return strings.Contains(linesWith(string(mounts), "cgroup "), "hugetlb")
+}
+
+// gRPC probes go to the pod's IP, past podshim; that they arrive is its network.
+func testGRPCProbe(t *testing.T, k *Kubelet) {
+	p := k.Run("grpc-probe")
+	p.WaitReady()
+	k.wantMetric("/metrics/probes", `prober_probe_total{container="etcd",namespace="default",pod="grpc-probe-node",pod_uid="`+
+		p.Status().Metadata.UID+`",probe_type="Readiness",result="successful"}`)
 }
 
 // summary is what these tests read of kubelet's /stats/summary.

@@ -118,3 +118,90 @@ func testHooks(t *testing.T, k *Kubelet) {
 		t.Errorf("Apache was not stopped by its image's STOPSIGNAL:\n%s", log)
 	}
 }
+
+// P13: codes, reasons, last words; a container of a pod ends for itself.
+func testExitCodes(t *testing.T, k *Kubelet) {
+	p := k.Run("exit-codes")
+	status := p.Wait("ended in each container", func(s PodStatus) bool { return s.Status.Phase == "Failed" })
+	for name, want := range map[string]struct {
+		code            int
+		reason, message string
+	}{
+		"fine":   {0, "Completed", ""},
+		"worded": {4, "Error", "disk is full\n"},
+		"logged": {5, "Error", "cannot reach the database\n"},
+	} {
+		end := status.Container(name).State.Terminated
+		if end == nil || end.ExitCode != want.code || end.Reason != want.reason || end.Message != want.message {
+			t.Errorf("%v, want %d %s %q", status.Container(name), want.code, want.reason, want.message)
+		}
+		if n := status.Container(name).RestartCount; n != 0 {
+			t.Errorf("%s was restarted %d times", name, n)
+		}
+	}
+	missing := status.Container("missing").State.Terminated
+	if missing == nil || missing.ExitCode == 0 || !strings.Contains(missing.Message, "/no/such/program") {
+		t.Errorf("%v, want the missing program named", status.Container("missing"))
+	}
+}
+
+// restartPolicy OnFailure.
+func testOnFailure(t *testing.T, k *Kubelet) {
+	p := k.Run("on-failure")
+	status := p.Wait("done", func(s PodStatus) bool { return s.Status.Phase == "Succeeded" })
+	c := status.Container("unsteady")
+	if c.RestartCount != 2 || c.State.Terminated == nil || c.State.Terminated.ExitCode != 0 {
+		t.Errorf("%v, want two restarts and then success", c)
+	}
+	if log := p.Logs("unsteady"); log != "try 3\n" {
+		t.Errorf("the last log is %q", log)
+	}
+}
+
+// P16: an init as PID 1 reaps, sends signals on, starts again what it watches, and
+// takes all down.
+func testInitSystem(t *testing.T, k *Kubelet) {
+	p := k.Run("init-system")
+	status := p.WaitReady()
+	p.WaitLog("small", "ready\n")
+	small, whole := p.Process("small"), p.Process("whole")
+	if small.Name != "dumb-init" || whole.Name != "init" {
+		t.Errorf("PID 1 are %v and %v", small, whole)
+	}
+	// The orphan has gone and is no zombie: its init has waited for it.
+	if !k.ask(func() bool {
+		return len(harness.Processes(func(c harness.Process) bool { return c.Parent == small.PID })) == 1
+	}) {
+		t.Error("dumb-init keeps more than its one child")
+	}
+	server := func() []harness.Process {
+		return harness.Processes(func(c harness.Process) bool {
+			return c.Parent == whole.PID && strings.Contains(c.Read("cmdline"), "httpd")
+		})
+	}
+	if !k.ask(func() bool { return len(server()) == 1 }) {
+		t.Fatalf("init's table is not running: %v", processesOf(status.Container("whole").ID()))
+	}
+	first := server()[0]
+	if err := first.Kill(sigkill); err != nil {
+		t.Fatal(err)
+	}
+	if !k.ask(func() bool { now := server(); return len(now) == 1 && now[0].PID != first.PID }) {
+		t.Error("init has not started its web server again")
+	}
+	if c := p.Status().Container("whole"); c.RestartCount != 0 {
+		t.Errorf("the container was restarted with it: %v", c)
+	}
+	logs := map[string]*os.File{"small": p.logFile("small"), "whole": p.logFile("whole")}
+	p.Remove()
+	for _, init := range []harness.Process{small, whole} {
+		if err := init.WaitGone(Limit); err != nil {
+			t.Error(err)
+		}
+	}
+	for name, want := range map[string]string{"small": "told to end\n", "whole": "taken down\n"} {
+		if log := k.lastLog(logs[name]); !strings.Contains(log, want) {
+			t.Errorf("last words of %s are %q, want %q", name, log, want)
+		}
+	}
+}

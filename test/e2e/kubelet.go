@@ -24,7 +24,7 @@ import (
 
 // Limit bounds every wait: kubelet's own clocks (probes, back-off, collection once
 // a minute) make some things take that long.
-const Limit = 2 * time.Minute
+const Limit = 4 * time.Minute
 
 // Kubelet is a kubelet and its podshim as one test sees them.
 type Kubelet struct {
@@ -69,6 +69,9 @@ type Options struct {
 	// Node are the options of the podshim.
 	Node harness.Options
 }
+
+// clusterDomain is the end of the pods' full names.
+const clusterDomain = "cluster.test"
 
 // nodeName is kubelet's, and the end of the name of each of its static pods.
 const nodeName = "node"
@@ -177,6 +180,7 @@ failSwapOn: false
 oomScoreAdj: 0
 makeIPTablesUtilChains: false
 resolvConf: %s
+clusterDomain: `+clusterDomain+`
 # Whatever else fills this machine must not evict the pods of a test.
 evictionHard: {memory.available: 20Mi, nodefs.available: 1%%, imagefs.available: 1%%, nodefs.inodesFree: 1%%, imagefs.inodesFree: 1%%}
 crashLoopBackOff: {maxContainerRestartPeriod: 1s}

@@ -7,6 +7,8 @@ import (
 	"strings"
 	"testing"
 
+	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
+
 	"github.com/podshim/podshim/test/harness"
 	"github.com/podshim/podshim/test/images"
 )
@@ -16,8 +18,8 @@ import (
 func TestRestarts(t *testing.T) {
 	t.Parallel()
 	k := Start(t, Options{})
-	k.expect = append(k.expect, regexp.MustCompile(`code = Unavailable|Unable to authenticate|context deadline exceeded`))
-	pods := []*Pod{k.Run("localhost"), k.Run("log-sidecar"), k.Run("probes", "rm /tmp/live", "true"), k.Run("native-sidecar"), k.Run("user-namespace")}
+	k.expect = append(k.expect, regexp.MustCompile(`code = Unavailable|Unable to authenticate|context deadline exceeded|"Failed to stop sandbox" podSandboxID=`))
+	pods := []*Pod{k.Run("localhost"), k.Run("log-sidecar"), k.Run("probes", "rm /tmp/live", "true", "timeoutSeconds: 1", "timeoutSeconds: 60"), k.Run("native-sidecar"), k.Run("user-namespace")}
 	before := map[string]harness.Process{}
 	for _, p := range pods {
 		status := p.WaitReady()
@@ -36,6 +38,9 @@ func TestRestarts(t *testing.T) {
 		{"kubelet restarted", func() { k.Stop(); k.Launch() }},
 		{"kubelet killed", func() { k.Kill(); k.Launch() }},
 		{"both killed, podshim back first", func() { k.Kill(); k.Node.Kill(); k.Node.Resume(); k.Launch() }},
+		{"podmon killed", k.killMonitors},
+		{"podshim and podmon killed", func() { k.Node.Kill(); k.killMonitors(); k.Node.Resume() }},
+		{"all three killed", func() { k.Kill(); k.Node.Kill(); k.killMonitors(); k.Node.Resume(); k.Launch() }},
 		{"podshim away while kubelet goes on", func() { k.Node.Kill(); k.waitNoRuntime(); k.Node.Resume() }},
 	} {
 		step.do()
@@ -63,11 +68,82 @@ func TestRestarts(t *testing.T) {
 			return
 		}
 	}
+	k.killWhileStarting(t)
 	// A line a second, from the first to the last, with nothing missing or twice.
 	log := pods[1].Logs("forwarder")
 	for n, line := range slices.Collect(strings.Lines(log)) {
 		if line != fmt.Sprintf("request %d\n", n+1) {
 			t.Fatalf("line %d of the log is %q", n+1, line)
+		}
+	}
+}
+
+// killWhileStarting kills podshim when it has begun with some pods, and again when it
+// has begun to take them down; kubelet goes on. They come up, and go, nevertheless.
+func (k *Kubelet) killWhileStarting(t *testing.T) {
+	var pods []*Pod
+	for _, example := range []string{"init", "volume", "shared-pid", "names"} {
+		pods = append(pods, k.Run(example))
+	}
+	if !k.ask(func() bool { return len(k.sandboxes()) > 5 }) {
+		t.Fatal("podshim has begun with no pod")
+	}
+	k.Node.Kill()
+	k.Node.Resume()
+	uids := map[string]bool{}
+	for _, p := range pods {
+		uids[p.WaitReady().Metadata.UID] = true
+	}
+	begun := len(k.sandboxes())
+	for _, p := range pods {
+		p.Remove()
+	}
+	if !k.ask(func() bool { return len(k.sandboxes()) < begun }) {
+		t.Fatal("podshim has taken down no pod")
+	}
+	k.Node.Kill()
+	k.Node.Resume()
+	if !k.ask(func() bool {
+		return !slices.ContainsFunc(k.podDirs(), func(uid string) bool { return uids[uid] })
+	}) {
+		t.Errorf("pods %v are still there, of %v", k.podDirs(), uids)
+	}
+	for uid := range uids {
+		if left := processesOf(uid); len(left) != 0 {
+			t.Errorf("pod %s has left %v", uid, left)
+		}
+	}
+}
+
+// sandboxes are the IDs of those that are ready.
+func (k *Kubelet) sandboxes() (ids []string) {
+	k.t.Helper()
+	list, err := k.Node.Runtime.ListPodSandbox(k.Node.Context(), &cri.ListPodSandboxRequest{Filter: &cri.PodSandboxFilter{
+		State: &cri.PodSandboxStateValue{State: cri.PodSandboxState_SANDBOX_READY},
+	}})
+	if err != nil {
+		k.t.Fatalf("list sandboxes: %v", err)
+	}
+	for _, item := range list.Items {
+		ids = append(ids, item.Id)
+	}
+	return ids
+}
+
+// killMonitors kills every podmon of the node.
+func (k *Kubelet) killMonitors() {
+	k.t.Helper()
+	monitors := k.Node.Monitors()
+	if len(monitors) == 0 {
+		k.t.Errorf("the node has no podmon to be killed")
+	}
+	for _, p := range monitors {
+		err := p.Kill(sigkill)
+		if err == nil {
+			err = p.WaitGone(Limit)
+		}
+		if err != nil {
+			k.t.Errorf("kill podmon: %v", err)
 		}
 	}
 }
@@ -89,13 +165,7 @@ func TestRemoval(t *testing.T) {
 	for _, ref := range []string{images.Busybox, images.Nginx, images.Httpd} {
 		k.Node.Pull(ref)
 	}
-	// Those of kubelet's QoS classes come when it likes.
-	state := func() []string {
-		return slices.DeleteFunc(k.Node.State(), func(line string) bool {
-			return strings.HasSuffix(line, "/kubepods") || strings.HasSuffix(line, "/besteffort") || strings.HasSuffix(line, "/burstable")
-		})
-	}
-	before := state()
+	before := k.state()
 	var pods []*Pod
 	for _, example := range []string{"localhost", "shared-pid", "init", "resources", "user-namespace", "lifetimes", "host-namespaces", "volume", "native-sidecar"} {
 		pods = append(pods, k.Run(example))
@@ -116,7 +186,7 @@ func TestRemoval(t *testing.T) {
 	// kubelet removes dead sandboxes once a minute.
 	var after []string
 	if !k.ask(func() bool {
-		after = state()
+		after = k.state()
 		return slices.Equal(before, after)
 	}) {
 		t.Errorf("what the pods have left:\n%s\nwhat is missing:\n%s", strings.Join(less(after, before), "\n"), strings.Join(less(before, after), "\n"))
@@ -129,6 +199,15 @@ func TestRemoval(t *testing.T) {
 	}
 }
 
+// state is the node's, without the cgroups of QoS classes, which kubelet makes when it
+// likes.
+func (k *Kubelet) state() []string {
+	k.t.Helper()
+	return slices.DeleteFunc(k.Node.State(), func(line string) bool {
+		return strings.HasSuffix(line, "/kubepods") || strings.HasSuffix(line, "/besteffort") || strings.HasSuffix(line, "/burstable")
+	})
+}
+
 // less is a without what b has.
 func less(a, b []string) []string {
 	return slices.DeleteFunc(slices.Clone(a), func(s string) bool { return slices.Contains(b, s) })
@@ -138,20 +217,20 @@ func less(a, b []string) []string {
 func TestGates(t *testing.T) {
 	t.Parallel()
 	k := Start(t, Options{Config: `featureGates:
+  AllBeta: true # what a newer kubelet may have on by default
   EventedPLEG: true
   CRIListStreaming: true
   PodAndContainerStatsFromCRI: true
   ContainerStopSignals: true
 `})
 	k.expect = append(k.expect,
-		// podshim has no ListMetricDescriptors and ListPodSandboxMetrics yet; kubelet then
-		// has no metrics of containers at /metrics/cadvisor.
-		regexp.MustCompile(`method ListMetricDescriptors not implemented`),
 		// kubelet asks for a sandbox that it has not made yet.
 		regexp.MustCompile(`"PodSandbox from runtime service failed" .* podSandboxID=""`))
 	t.Run("stats", func(t *testing.T) {
 		t.Parallel()
-		testStats(t, k.With(t))
+		k := k.With(t)
+		testStats(t, k)
+		k.wantMetric("/metrics/cadvisor", `container_memory_working_set_bytes{container="busy",`)
 	})
 	t.Run("stop-signal", func(t *testing.T) {
 		t.Parallel()
@@ -168,6 +247,10 @@ func TestGates(t *testing.T) {
 		if got := k.lastLog(log); got != "ready\ngot SIGUSR1\n" {
 			t.Errorf("last words are %q", got)
 		}
+	})
+	t.Run("long-line", func(t *testing.T) {
+		t.Parallel()
+		testLongLine(t, k.With(t))
 	})
 	t.Run("evented-pleg", func(t *testing.T) {
 		t.Parallel()

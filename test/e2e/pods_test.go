@@ -3,6 +3,7 @@ package e2e
 import (
 	"bytes"
 	"flag"
+	"fmt"
 	"os"
 	"strings"
 	"testing"
@@ -11,10 +12,10 @@ import (
 )
 
 // TestMain has the pods of a kubelet run side by side whatever the number of CPUs:
-// most of a test's time is waiting.
+// most of a test's time is waiting. All at once would make each wait for the others.
 func TestMain(m *testing.M) {
 	flag.Parse()
-	if err := flag.Set("test.parallel", "32"); err != nil {
+	if err := flag.Set("test.parallel", "12"); err != nil {
 		panic(err)
 	}
 	restore := keepSysctls()
@@ -48,7 +49,8 @@ func keepSysctls() (restore func()) {
 // TestPods runs the examples side by side on one kubelet, a row of the pod model
 // each, and more of what a cluster's users do all day.
 func TestPods(t *testing.T) {
-	k := Start(t, Options{})
+	hugePages(t, 4)
+	k := Start(t, Options{Config: fmt.Sprintf("podPidsLimit: %d\ncontainerLogMaxSize: 300Ki\ncontainerLogMaxFiles: 100\ncontainerLogMonitorInterval: 3s\n", podPids)})
 	for _, row := range []struct {
 		name string
 		test func(*testing.T, *Kubelet)
@@ -72,6 +74,20 @@ func TestPods(t *testing.T) {
 		{"volume", testVolume},
 		{"volumes", testVolumes},
 		{"ports", testPorts},
+		{"fqdn", testFQDN},
+		{"groups", testGroups},
+		{"sysctls", testSysctls},
+		{"capabilities", testCapabilities},
+		{"proc-mount", testProcMount},
+		{"redirect-sidecar", testRedirectSidecar},
+		{"child-oom", testChildOOM},
+		{"pid-limit", testPIDLimit},
+		{"huge-pages", testHugePages},
+		{"grpc-probe", testGRPCProbe},
+		{"exit-codes", testExitCodes},
+		{"on-failure", testOnFailure},
+		{"init-system", testInitSystem},
+		{"log-rotation", testLogRotation},
 		{"streams", testStreams},
 		{"stats", testStats},
 	} {

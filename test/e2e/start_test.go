@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"fmt"
+	"os/exec"
 	"strings"
 	"testing"
 	"time"
@@ -125,6 +126,27 @@ func testNetworkSidecar(t *testing.T, k *Kubelet) {
 	}
 }
 
+// P10: as a service mesh does it. The rule is the pod's and nobody else's.
+func testRedirectSidecar(t *testing.T, k *Kubelet) {
+	p := k.Run("redirect-sidecar")
+	status := p.WaitReady()
+	p.WaitLog("app", "answered by the proxy\n")
+	if out, err := p.TryExec("app", "wget", "-q", "-O", "-", "http://192.0.2.77:4242/"); err != nil || out != "answered by the proxy\n" {
+		t.Errorf("any other destination answers %q, %v", out, err)
+	}
+	// Who asks as the proxy does is not sent to the proxy: the destination is nowhere.
+	if out, err := p.TryExec("proxy", "wget", "-q", "-T", "1", "-O", "-", "http://192.0.2.77:4242/"); err == nil {
+		t.Errorf("the proxy's own connection was answered %q", out)
+	}
+	rules, err := exec.Command("iptables-save").Output()
+	if err != nil {
+		t.Fatalf("iptables-save: %v", err)
+	}
+	if text := linesWith(string(rules), "15001"); text != "" || strings.Contains(string(rules), status.Status.PodIP+"/32 -j REDIRECT") {
+		t.Errorf("the host has the pod's rule:\n%s", text)
+	}
+}
+
 // P4, P13: the life of the pod is that of its infra container.
 func testLifetimes(t *testing.T, k *Kubelet) {
 	p := k.Run("lifetimes")
@@ -135,6 +157,10 @@ func testLifetimes(t *testing.T, k *Kubelet) {
 	if end := before.Container("crashing").LastState.Terminated; end.ExitCode != 3 || end.Reason != "Error" {
 		t.Errorf("the crash is %d %s, want 3 Error", end.ExitCode, end.Reason)
 	}
+	p.Wait("waiting before the next try", func(s PodStatus) bool {
+		c := s.Container("crashing")
+		return c.State.Waiting != nil && c.State.Waiting.Reason == "CrashLoopBackOff"
+	})
 	if log := p.Logs("crashing", "previous=true"); log != "giving up\n" {
 		t.Errorf("log of the instance before is %q", log)
 	}

@@ -4,6 +4,7 @@ import (
 	"io"
 	"net/http"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -197,6 +198,119 @@ func shareDir(t *testing.T, dir string) {
 	}
 	if err != nil {
 		t.Fatalf("make a shared mount: %v", err)
+	}
+}
+
+// The full name as the hostname.
+func testFQDN(t *testing.T, k *Kubelet) {
+	p := k.Run("fqdn")
+	status := p.WaitReady()
+	const name = "alpha.greek.default.svc." + clusterDomain
+	log := p.WaitLog("look", status.Status.PodIP)
+	if !strings.HasPrefix(log, name+"\n") || !strings.Contains(log, status.Status.PodIP+"\t"+name+"\talpha\n") {
+		t.Errorf("the name and /etc/hosts are\n%s\nwant %s", log, name)
+	}
+	if got := strings.TrimSpace(p.Process("look").Read("root/proc/sys/kernel/hostname")); got == name {
+		t.Error("the host has the pod's name")
+	}
+}
+
+// Groups of the process, and of a volume.
+func testGroups(t *testing.T, k *Kubelet) {
+	p := k.Run("groups")
+	status := p.WaitReady()
+	log := p.WaitLog("strict", "looked\n")
+	groups := strings.Fields(p.Process("strict").Status("Groups"))
+	slices.Sort(groups)
+	if !slices.Equal(groups, []string{"1000", "2000", "3000"}) {
+		t.Errorf("groups of the process are %v, want its own, fsGroup and the supplementary one; it says\n%s", groups, log)
+	}
+	volume := k.Root + "/pods/" + status.Metadata.UID + "/volumes/kubernetes.io~empty-dir/owned"
+	for _, path := range []string{volume, volume + "/file", volume + "/dir"} {
+		info, err := os.Stat(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if gid := info.Sys().(*syscall.Stat_t).Gid; gid != 2000 {
+			t.Errorf("%s belongs to group %d, want 2000", path, gid)
+		}
+		if info.IsDir() && info.Mode()&os.ModeSetgid == 0 {
+			t.Errorf("%s has mode %v, want set-group-ID", path, info.Mode())
+		}
+	}
+}
+
+// Sysctls of the pod's namespaces; the host's stay.
+func testSysctls(t *testing.T, k *Kubelet) {
+	files := []string{"net/ipv4/ip_local_port_range", "net/ipv4/ip_unprivileged_port_start", "kernel/shm_rmid_forced"}
+	read := func() (all string) {
+		for _, file := range files {
+			data, _ := os.ReadFile("/proc/sys/" + file)
+			all += string(data)
+		}
+		return all
+	}
+	before := read()
+	p := k.Run("sysctls")
+	p.WaitReady()
+	const want = "20000\t20999\n81\n1\n"
+	if log := p.WaitLog("look", "81\n1\n"); log != want {
+		t.Errorf("the pod has %q, want %q", log, want)
+	}
+	if now := read(); now != before || now == want {
+		t.Errorf("the host had %q and has %q", before, now)
+	}
+}
+
+// Capabilities and the system call filter, as the kernel has them of each process.
+func testCapabilities(t *testing.T, k *Kubelet) {
+	p := k.Run("capabilities")
+	p.WaitReady()
+	const (
+		mknod    = 1 << unix.CAP_MKNOD
+		netAdmin = 1 << unix.CAP_NET_ADMIN
+		usual    = 0xa80425fb // what containerd and Docker give
+	)
+	all, _ := strconv.ParseUint(self(t).Status("CapBnd"), 16, 64)
+	for name, want := range map[string]struct {
+		effective, bounding uint64
+		seccomp             string
+	}{
+		"one-more":   {usual&^mknod | netAdmin, usual&^mknod | netAdmin, "0"},
+		"nobody":     {0, usual, "0"},
+		"privileged": {all, all, "0"},
+		"unconfined": {usual, usual, "0"},
+	} {
+		c := p.Process(name)
+		effective, _ := strconv.ParseUint(c.Status("CapEff"), 16, 64)
+		bounding, _ := strconv.ParseUint(c.Status("CapBnd"), 16, 64)
+		if effective != want.effective || bounding != want.bounding || c.Status("Seccomp") != want.seccomp {
+			t.Errorf("%s has effective %x, bounding %x, seccomp %s; want %x, %x, %s", name,
+				effective, bounding, c.Status("Seccomp"), want.effective, want.bounding, want.seccomp)
+		}
+	}
+}
+
+// procMount: masks on /proc, or none.
+func testProcMount(t *testing.T, k *Kubelet) {
+	p := k.Run("proc-mount")
+	p.WaitReady()
+	below := func(container string) (points []string) {
+		for _, m := range p.Process(container).Mounts() {
+			if strings.HasPrefix(m.Point, "/proc/") {
+				points = append(points, m.Point)
+			}
+		}
+		return points
+	}
+	if points := below("unmasked"); len(points) != 0 {
+		t.Errorf("the unmasked one has mounts at %v", points)
+	}
+	points := below("masked")
+	for _, want := range []string{"/proc/sys", "/proc/irq", "/proc/timer_list"} {
+		if !slices.Contains(points, want) {
+			t.Errorf("the masked one has mounts at %v, want %s among them", points, want)
+		}
 	}
 }
 

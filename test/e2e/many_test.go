@@ -1,0 +1,221 @@
+package e2e
+
+import (
+	"encoding/json"
+	"flag"
+	"fmt"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/podshim/podshim/test/harness"
+	"github.com/podshim/podshim/test/images"
+)
+
+var (
+	manyPods  = flag.Int("e2e.pods", 100, "pods that TestMany starts at once; 30 with -short")
+	probeTime = flag.Duration("e2e.probes", time.Minute, "for how long TestExecProbes lets 50 exec probes a second go on; 15s with -short")
+)
+
+// TestMany drops many manifests at once, and takes them away at once.
+func TestMany(t *testing.T) {
+	t.Parallel()
+	count := *manyPods
+	if testing.Short() {
+		count = min(count, 30)
+	}
+	k := Start(t, Options{Config: fmt.Sprintf("maxPods: %d\n", count+10)})
+	k.Node.Pull(images.Busybox)
+	before := k.state()
+	idle := k.use()
+	begin := time.Now()
+	var pods []*Pod
+	for n := range count {
+		pods = append(pods, k.RunManifest(fmt.Sprintf(`apiVersion: v1
+kind: Pod
+metadata:
+  name: many-%d
+spec:
+  terminationGracePeriodSeconds: 0
+  containers:
+  - name: app
+    image: %s
+    command: [sleep, "1000000"]
+`, n, images.Busybox)))
+	}
+	if !k.ask(func() bool {
+		return len(slices.DeleteFunc(k.pods(), func(p PodStatus) bool { return !p.Ready() })) == count
+	}) {
+		t.Fatalf("of %d pods run after %v:\n%v", count, Limit, k.pods())
+	}
+	up := time.Since(begin)
+	busy := k.use()
+	seen := map[string]bool{}
+	for _, p := range k.pods() {
+		if seen[p.Status.PodIP] || p.Status.PodIP == "" {
+			t.Errorf("pod %s has IP %q, which another has as well", p.Metadata.Name, p.Status.PodIP)
+		}
+		seen[p.Status.PodIP] = true
+		if c := p.Container("app"); c.RestartCount != 0 {
+			t.Errorf("%v", c)
+		}
+	}
+	begin = time.Now()
+	for _, p := range pods {
+		p.Remove()
+	}
+	after := before
+	if !k.ask(func() bool { return len(k.podDirs()) == 0 }) {
+		t.Errorf("pods %v are still there", k.podDirs())
+	}
+	gone := time.Since(begin)
+	if !k.ask(func() bool {
+		after = k.state()
+		return slices.Equal(before, after)
+	}) {
+		t.Errorf("what the pods have left:\n%s\nwhat is missing:\n%s", strings.Join(less(after, before), "\n"), strings.Join(less(before, after), "\n"))
+	}
+	t.Logf("%d pods: all Running after %.1f s, all gone %.1f s after their manifests\nidle:           %v\nwith the pods:  %v\nafterwards:     %v",
+		count, up.Seconds(), gone.Seconds(), idle, busy, k.use())
+}
+
+// use is what podshim takes of the machine.
+type use struct {
+	// kib is memory that no other process has a share in (and its share of the rest),
+	// of daemon and monitors.
+	daemonKiB, monitorKiB      int
+	files, threads, goroutines int
+}
+
+func (u use) String() string {
+	return fmt.Sprintf("daemon %.1f MB, podmon %.1f MB, %d descriptors, %d threads, %d goroutines",
+		float64(u.daemonKiB)/1024, float64(u.monitorKiB)/1024, u.files, u.threads, u.goroutines)
+}
+
+func (k *Kubelet) use() use {
+	k.t.Helper()
+	daemon, err := harness.ReadProcess(k.Node.PID())
+	if err != nil {
+		k.t.Fatalf("read podshim's process: %v", err)
+	}
+	monitors := k.Node.Monitors()
+	u := use{daemonKiB: pss(daemon)}
+	for _, p := range append(monitors, daemon) {
+		fds, _ := os.ReadDir(p.Path("fd"))
+		u.files += len(fds)
+		threads, _ := strconv.Atoi(p.Status("Threads"))
+		u.threads += threads
+	}
+	for _, p := range monitors {
+		u.monitorKiB += pss(p)
+	}
+	// The kernel does not know goroutines; the daemon has to say how many there are.
+	status, err := k.Node.Runtime.Status(k.Node.Context(), &cri.StatusRequest{Verbose: true})
+	var daemonInfo struct{ Goroutines int }
+	if err == nil {
+		err = json.Unmarshal([]byte(status.Info["daemon"]), &daemonInfo)
+	}
+	if err != nil || daemonInfo.Goroutines == 0 {
+		k.t.Fatalf("podshim does not tell its goroutines: %v, %v", err, status.GetInfo()["daemon"])
+	}
+	u.goroutines = daemonInfo.Goroutines
+	return u
+}
+
+// pss is a process's share of memory in KiB.
+func pss(p harness.Process) int {
+	for line := range strings.Lines(p.Read("smaps_rollup")) {
+		if fields := strings.Fields(line); len(fields) > 1 && fields[0] == "Pss:" {
+			n, _ := strconv.Atoi(fields[1])
+			return n
+		}
+	}
+	return 0
+}
+
+// TestExecProbes has kubelet make 50 exec probes a second. They leave nothing behind:
+// no descriptor, no thread, no memory that grows with their number.
+func TestExecProbes(t *testing.T) {
+	t.Parallel()
+	last := *probeTime
+	if testing.Short() {
+		last = min(last, 15*time.Second)
+	}
+	k := Start(t, Options{})
+	const pods, containers = 10, 5
+	var all []*Pod
+	for n := range pods {
+		manifest := fmt.Sprintf("apiVersion: v1\nkind: Pod\nmetadata:\n  name: probed-%d\nspec:\n  terminationGracePeriodSeconds: 0\n  containers:\n", n)
+		for c := range containers {
+			manifest += fmt.Sprintf(`  - name: c%d
+    image: %s
+    command: [sleep, "1000000"]
+    livenessProbe:
+      exec: {command: ["true"]}
+      periodSeconds: 1
+      timeoutSeconds: 20
+      failureThreshold: 10
+`, c, images.Busybox)
+		}
+		all = append(all, k.RunManifest(manifest))
+	}
+	for _, p := range all {
+		p.WaitReady()
+	}
+	// The first few fill caches and pools.
+	k.waitProbes(t, 10*pods*containers)
+	warm, begin, since := k.use(), k.probes(), time.Now()
+	time.Sleep(last) // this is the load; nothing is waited for
+	count, took := k.probes()-begin, time.Since(since)
+	now := k.use()
+	t.Logf("%d exec probes in %.0f s (%.1f a second)\nbefore:     %v\nafterwards: %v", count, took.Seconds(), float64(count)/took.Seconds(), warm, now)
+	if count < containers*pods {
+		t.Errorf("kubelet has made %d probes only", count)
+	}
+	// There are hundreds of probes. What a few of them hold that are just being made is
+	// allowed for; one descriptor, goroutine or 4 KiB that each had left would show.
+	const underWay = pods * containers
+	if now.files > warm.files+4*underWay || now.threads > warm.threads+underWay || now.goroutines > warm.goroutines+8*underWay {
+		t.Errorf("descriptors, threads or goroutines grew")
+	}
+	if grown := now.daemonKiB + now.monitorKiB - warm.daemonKiB - warm.monitorKiB; grown > 4*count+8192 {
+		t.Errorf("memory grew by %d KiB", grown)
+	}
+	for _, p := range all {
+		for _, c := range p.Status().Status.ContainerStatuses {
+			if c.RestartCount != 0 {
+				t.Errorf("%s: %v", p.Name, c)
+			}
+		}
+	}
+}
+
+// probes is how many liveness probes kubelet has counted as successful.
+func (k *Kubelet) probes() int {
+	k.t.Helper()
+	body, err := k.Get("/metrics/probes")
+	if err != nil {
+		k.t.Fatalf("%v", err)
+	}
+	total := 0
+	for line := range strings.Lines(body) {
+		if strings.HasPrefix(line, "prober_probe_total{") && strings.Contains(line, `result="successful"`) {
+			fields := strings.Fields(line)
+			n, _ := strconv.ParseFloat(fields[len(fields)-1], 64)
+			total += int(n)
+		}
+	}
+	return total
+}
+
+func (k *Kubelet) waitProbes(t *testing.T, count int) {
+	t.Helper()
+	if !k.ask(func() bool { return k.probes() >= count }) {
+		t.Fatalf("kubelet has made %d probes after %v, want %d", k.probes(), Limit, count)
+	}
+}
