@@ -33,6 +33,10 @@ func (d *parts) openAdmin(context.Context) error {
 		report, err := d.examine(r.Context(), r.FormValue("repair") == "true")
 		answer(w, report, err)
 	})
+	mux.HandleFunc("POST /explain", func(w http.ResponseWriter, r *http.Request) {
+		explained, err := d.explain(r.FormValue("what"))
+		answer(w, explained, err)
+	})
 	server := &http.Server{Handler: mux, ReadHeaderTimeout: time.Minute}
 	d.events.Go(func() {
 		if err := server.Serve(listener); !errors.Is(err, http.ErrServerClosed) {

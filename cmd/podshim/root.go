@@ -45,7 +45,7 @@ func newRoot() *cobra.Command {
 	}
 	root.CompletionOptions.HiddenDefaultCmd = true
 	settings.register(root.PersistentFlags())
-	root.AddCommand(newCheckCommand(settings), newDoctorCommand(settings), newConfigCommand(settings), newVersionCommand())
+	root.AddCommand(newCheckCommand(settings), newDoctorCommand(settings), newExplainCommand(settings), newConfigCommand(settings), newVersionCommand())
 	return root
 }
 

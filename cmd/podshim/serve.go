@@ -34,6 +34,7 @@ import (
 	"github.com/podshim/podshim/internal/state"
 	"github.com/podshim/podshim/internal/stats"
 	"github.com/podshim/podshim/internal/streaming"
+	"github.com/podshim/podshim/internal/timeline"
 )
 
 const (
@@ -95,6 +96,7 @@ type parts struct {
 	stats      *stats.Collector
 	observer   cri.Observer // nil unless metrics are served
 	changes    cri.Events
+	timeline   timeline.Book
 	server     *grpc.Server
 
 	events  sync.WaitGroup
@@ -451,6 +453,7 @@ func (d *parts) openServer(context.Context) error {
 		Handlers:   d.handlers,
 		Effective:  d.cfg,
 		Observer:   d.observer,
+		Timeline:   &d.timeline,
 		MaxMessage: d.cfg.CRI.MaxMessageSize,
 		Log:        d.entry("cri"),
 	})

@@ -25,6 +25,7 @@ import (
 	"github.com/podshim/podshim/internal/sandbox"
 	"github.com/podshim/podshim/internal/spec"
 	"github.com/podshim/podshim/internal/spec/cdi"
+	"github.com/podshim/podshim/internal/timeline"
 )
 
 // Create makes a container in a sandbox and returns its ID once it can be started.
@@ -167,12 +168,18 @@ func (m *Manager) build(ctx context.Context, c *Container, pod spec.Pod, handler
 			return err
 		}
 	}
-	mounts, err := m.Images.Prepare(ctx, r.ID, img, idMapping(pod)...)
+	err := timeline.Do(ctx, "snapshot", func() error {
+		mounts, err := m.Images.Prepare(ctx, r.ID, img, idMapping(pod)...)
+		if err != nil {
+			return fmt.Errorf("prepare snapshot: %w", err)
+		}
+		if err := image.Mount(mounts, root, mountLabel); err != nil {
+			return fmt.Errorf("mount snapshot: %w", err)
+		}
+		return nil
+	})
 	if err != nil {
-		return fmt.Errorf("prepare snapshot: %w", err)
-	}
-	if err := image.Mount(mounts, root, mountLabel); err != nil {
-		return fmt.Errorf("mount snapshot: %w", err)
+		return err
 	}
 	user, err := rootfs.LookupUser(root, userRequest(sc, img.Config.User))
 	if err != nil {

@@ -10,6 +10,7 @@ import (
 	"github.com/podshim/podshim/internal/flight"
 	"github.com/podshim/podshim/internal/monitor"
 	"github.com/podshim/podshim/internal/roster"
+	"github.com/podshim/podshim/internal/timeline"
 )
 
 // Start runs a created container. One that is running already was started by
@@ -61,10 +62,14 @@ func (m *Manager) start(ctx context.Context, c *Container) error {
 	if err != nil {
 		return err
 	}
-	p, err := m.Monitor.Start(ctx, monitor.StartRequest{
-		ID: r.ID, Spec: oci,
-		Stdin:   r.Config.GetStdin(),
-		LogRoot: r.LogRoot, LogPath: r.LogPath,
+	var p monitor.Process
+	err = timeline.Do(ctx, "process (podmon)", func() (err error) {
+		p, err = m.Monitor.Start(ctx, monitor.StartRequest{
+			ID: r.ID, Spec: oci,
+			Stdin:   r.Config.GetStdin(),
+			LogRoot: r.LogRoot, LogPath: r.LogPath,
+		})
+		return err
 	})
 	if err != nil {
 		return m.startFailed(ctx, c, err)

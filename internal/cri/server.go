@@ -17,6 +17,7 @@ import (
 	"github.com/podshim/podshim/internal/sandbox"
 	"github.com/podshim/podshim/internal/spec"
 	"github.com/podshim/podshim/internal/stats"
+	"github.com/podshim/podshim/internal/timeline"
 )
 
 // Streaming hands out URLs for exec, attach and port-forward.
@@ -47,6 +48,8 @@ type Config struct {
 	Runtime  func() error
 	Host     spec.Host
 	Handlers map[string]spec.Handler
+	// Timeline remembers how calls went; nil remembers nothing.
+	Timeline *timeline.Book
 	// Effective is the whole configuration, for verbose Status.
 	Effective any
 	// Observer sees every call with its code; nil is none.
@@ -63,7 +66,7 @@ func NewServer(cfg Config) *grpc.Server {
 		options = append(options, grpc.ChainUnaryInterceptor(cfg.Observer.Unary), grpc.ChainStreamInterceptor(cfg.Observer.Stream))
 	}
 	s := grpc.NewServer(append(options,
-		grpc.ChainUnaryInterceptor(intercept(cfg.Log, cfg.MaxMessage)),
+		grpc.ChainUnaryInterceptor(intercept(cfg.Log, cfg.MaxMessage, cfg.Timeline)),
 		grpc.ChainStreamInterceptor(interceptStream(cfg.Log)),
 	)...)
 	runtime.RegisterRuntimeServiceServer(s, &runtimeService{Config: cfg})
@@ -109,10 +112,12 @@ var polling = map[string]bool{
 
 // intercept logs calls and gives their errors the gRPC code. Requests are never
 // logged: they hold environments and credentials.
-func intercept(log *logrus.Entry, maxMessage int) grpc.UnaryServerInterceptor {
+func intercept(log *logrus.Entry, maxMessage int, book *timeline.Book) grpc.UnaryServerInterceptor {
 	return func(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
 		start := time.Now()
+		ctx, end := begin(ctx, book, info.FullMethod, req)
 		resp, err := handler(ctx, req)
+		end(err)
 		if err == nil {
 			err = fits(info.FullMethod, resp, maxMessage)
 		}

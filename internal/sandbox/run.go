@@ -20,6 +20,7 @@ import (
 	"github.com/podshim/podshim/internal/ids"
 	"github.com/podshim/podshim/internal/monitor"
 	"github.com/podshim/podshim/internal/spec"
+	"github.com/podshim/podshim/internal/timeline"
 )
 
 // Run makes a pod sandbox and returns its ID once it is Ready.
@@ -85,10 +86,10 @@ func (m *Manager) run(ctx context.Context, cfg *runtime.PodSandboxConfig, handle
 // whatever fails before is given back by release.
 func (m *Manager) build(ctx context.Context, s *Sandbox) error {
 	r := s.Get()
-	if err := m.makeFiles(r); err != nil {
+	if err := timeline.Do(ctx, "files and /dev/shm", func() error { return m.makeFiles(r) }); err != nil {
 		return err
 	}
-	if err := m.makeNamespaces(r); err != nil {
+	if err := timeline.Do(ctx, "namespaces", func() error { return m.makeNamespaces(r) }); err != nil {
 		return err
 	}
 	if err := m.makeCgroup(r); err != nil {
@@ -107,15 +108,19 @@ func (m *Manager) build(ctx context.Context, s *Sandbox) error {
 			if err != nil {
 				return err
 			}
-			network, err = m.Network.Add(gctx, pod)
-			return err
+			return timeline.Do(gctx, "network (CNI ADD)", func() error {
+				network, err = m.Network.Add(gctx, pod)
+				return err
+			})
 		})
 	}
 	g.Go(func() (err error) {
 		// Not cut short when the network fails: a start takes milliseconds, and a
 		// whole one is easier to give back than a half.
-		infra, err = m.startInfra(ctx, r)
-		return err
+		return timeline.Do(ctx, "infra container", func() error {
+			infra, err = m.startInfra(ctx, r)
+			return err
+		})
 	})
 	if err := g.Wait(); err != nil {
 		return err

@@ -27,7 +27,7 @@ import (
 	"github.com/podshim/podshim/internal/cni"
 	"github.com/podshim/podshim/internal/ids"
 	"github.com/podshim/podshim/internal/image"
-	"github.com/podshim/podshim/internal/state"
+	records "github.com/podshim/podshim/internal/state"
 	"github.com/podshim/podshim/test/harness"
 )
 
@@ -456,10 +456,10 @@ func TestDoctorLeavesWhatUnreadableRecordsStandFor(t *testing.T) {
 	id := ids.New()
 	log := logrus.New()
 	log.SetOutput(testWriter{t})
-	records, err := state.Open(state.Config{Database: filepath.Join(p.n.Root, "state.db"), RunDir: filepath.Join(p.n.RunDir, "state"), Log: logrus.NewEntry(log)})
+	store, err := records.Open(records.Config{Database: filepath.Join(p.n.Root, "state.db"), RunDir: filepath.Join(p.n.RunDir, "state"), Log: logrus.NewEntry(log)})
 	p.must(err)
-	p.must(records.Put(state.Sandboxes, id, []byte("{")))
-	p.must(records.Close())
+	p.must(store.Put(records.Sandboxes, id, []byte("{")))
+	p.must(store.Close())
 	dir := filepath.Join(p.n.RunDir, "sandboxes", id)
 	p.must(os.MkdirAll(dir, 0o700))
 	pin := filepath.Join(p.n.NetnsDir, "podshim-"+id[:16])
@@ -484,10 +484,10 @@ func TestDoctorLeavesWhatUnreadableRecordsStandFor(t *testing.T) {
 	p.untouched()
 	// Take the record away again, as an operator would.
 	p.n.Stop()
-	records, err = state.Open(state.Config{Database: filepath.Join(p.n.Root, "state.db"), RunDir: filepath.Join(p.n.RunDir, "state"), Log: logrus.NewEntry(log)})
+	store, err = records.Open(records.Config{Database: filepath.Join(p.n.Root, "state.db"), RunDir: filepath.Join(p.n.RunDir, "state"), Log: logrus.NewEntry(log)})
 	p.must(err)
-	p.must(records.Delete(state.Sandboxes, id))
-	p.must(records.Close())
+	p.must(store.Delete(records.Sandboxes, id))
+	p.must(store.Close())
 	p.n.Resume()
 	doctor(t, p.n, "--repair")
 	for _, path := range []string{dir, pin} {
