@@ -195,12 +195,16 @@ func TestLogOnFullDisk(t *testing.T) {
 	figures(t, "%d lines; %d could not be written, and the log says so: %d bytes in %d places", lines, gaps, bytes, len(got.notes))
 }
 
-// written is how much the container's process has written until now.
-func written(c *harness.Container) (n int) {
-	for line := range strings.Lines(c.Process().Read("io")) {
-		fmt.Sscanf(line, "wchar: %d", &n)
+// written is how much the container's processes have written until now.
+func written(c *harness.Container) (sum int) {
+	for _, p := range c.Processes() {
+		for line := range strings.Lines(p.Read("io")) {
+			var n int
+			fmt.Sscanf(line, "wchar: %d", &n)
+			sum += n
+		}
 	}
-	return n
+	return sum
 }
 
 var lostNote = regexp.MustCompile(`^\[podmon: (\d+) bytes of log records were lost here: `)
