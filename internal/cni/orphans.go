@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -17,7 +18,8 @@ import (
 // take it takes all the same, from a DEL that would run beside it too. So the next
 // daemon looks for such plugins before it runs any, by the pod in their environment
 // (CNI_CONTAINERID, which plugins hand on to those that they delegate to), and a
-// pod's next operation begins when they have ended.
+// pod's next operation begins when they have ended. A container can have anything in
+// its environment, but not the daemon's mount namespace: it is not even looked at.
 
 // orphans are the plugins of earlier daemons, by pod.
 type orphans map[string][]orphan
@@ -37,13 +39,17 @@ func findOrphans(pods []string) (orphans, error) {
 	for _, id := range pods {
 		keys["CNI_CONTAINERID="+id] = id
 	}
+	ours, err := os.Readlink("/proc/self/ns/mnt")
+	if err != nil {
+		return nil, fmt.Errorf("look for plugins that run: %w", err)
+	}
 	dirs, err := filepath.Glob("/proc/[0-9]*")
 	if err != nil {
 		return nil, err
 	}
 	for _, dir := range dirs {
 		pid, err := strconv.Atoi(filepath.Base(dir))
-		if err != nil || podOf(pid, keys) == "" {
+		if err != nil || podOf(pid, ours, keys) == "" {
 			continue
 		}
 		fd, err := unix.PidfdOpen(pid, unix.PIDFD_NONBLOCK)
@@ -56,7 +62,7 @@ func findOrphans(pods []string) (orphans, error) {
 		}
 		ending := os.NewFile(uintptr(fd), "pidfd")
 		// Once more, now that the PID cannot become another process's.
-		id := podOf(pid, keys)
+		id := podOf(pid, ours, keys)
 		if id == "" {
 			ending.Close()
 			continue
@@ -66,9 +72,22 @@ func findOrphans(pods []string) (orphans, error) {
 	return found, nil
 }
 
-// podOf is the pod that a process runs for as a plugin; "" for other processes.
-func podOf(pid int, keys map[string]string) string {
-	environ, err := os.ReadFile(fmt.Sprintf("/proc/%d/environ", pid))
+// maxEnviron bounds what is read of an environment, which a process can make as
+// large as its memory (PR_SET_MM_MAP).
+const maxEnviron = 2 << 20
+
+// podOf is the pod that a process of this mount namespace runs for as a plugin; ""
+// for other processes.
+func podOf(pid int, mountNS string, keys map[string]string) string {
+	if its, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/mnt", pid)); err != nil || its != mountNS {
+		return "" // gone, or not on the node's files
+	}
+	f, err := os.Open(fmt.Sprintf("/proc/%d/environ", pid))
+	if err != nil {
+		return "" // gone
+	}
+	defer f.Close()
+	environ, err := io.ReadAll(io.LimitReader(f, maxEnviron))
 	if err != nil {
 		return "" // gone, or the kernel's
 	}
