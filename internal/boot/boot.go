@@ -13,6 +13,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -75,16 +76,21 @@ func Current() (string, error) {
 	return strings.TrimSpace(string(raw)), nil
 }
 
-// write replaces the mark. A full disk takes it away: that is no reason for a daemon
-// not to start, and no mark is better than that of an earlier boot.
+// write replaces the mark, on the disk too: a power cut is what it is for, and the
+// mark before may say that all was stopped in order. A full disk takes it away: that
+// is no reason for a daemon not to start, and no mark is better than that of an
+// earlier boot.
 func write(path string, m mark) error {
 	raw, err := json.Marshal(m)
 	if err != nil {
 		return err
 	}
 	early := path + ".new"
-	if err = os.WriteFile(early, append(raw, '\n'), 0o600); err == nil {
+	if err = writeSynced(early, append(raw, '\n')); err == nil {
 		err = os.Rename(early, path)
+	}
+	if err == nil {
+		err = syncDir(filepath.Dir(path))
 	}
 	if err == nil {
 		return nil
@@ -94,6 +100,26 @@ func write(path string, m mark) error {
 		return ignoreMissing(os.Remove(path))
 	}
 	return err
+}
+
+func writeSynced(path string, content []byte) error {
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(content)
+	if err == nil {
+		err = f.Sync()
+	}
+	return errors.Join(err, f.Close())
+}
+
+func syncDir(dir string) error {
+	f, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(f.Sync(), f.Close())
 }
 
 func ignoreMissing(err error) error {
