@@ -85,6 +85,7 @@ type parts struct {
 	log *logrus.Logger
 
 	boot       boot.Last
+	marked     bool // boot is this daemon's
 	records    *state.Store
 	host       spec.Host
 	handlers   map[string]spec.Handler
@@ -203,14 +204,21 @@ const lockLimit = 2 * time.Second
 
 func (d *parts) readBoot(context.Context) (err error) {
 	d.boot, err = boot.Read(d.root("boot"))
+	// True when all later parts are down, and not any more when another podshim has
+	// the lock.
+	d.onClose(func() error {
+		if !d.marked {
+			return nil
+		}
+		return d.boot.MarkStopped(d.root("boot"))
+	})
 	return err
 }
 
 // markBoot tells the next daemon that this one ran in this boot; not before it knows
-// everything that the last one left. That it has ended in order is true, and
-// written, when all other parts are down.
+// everything that the last one left.
 func (d *parts) markBoot(context.Context) error {
-	d.closers = append([]func() error{func() error { return d.boot.MarkStopped(d.root("boot")) }}, d.closers...)
+	d.marked = true
 	return d.boot.MarkStarted(d.root("boot"))
 }
 
