@@ -181,43 +181,50 @@ func (s *slot) data() []byte {
 
 func (s *slot) setLength(n int) { binary.LittleEndian.PutUint32(s.mem[atLength:], uint32(n)) }
 
-// expect prepares the slot for reading n bytes from a pipe that holds them.
+// expect prepares the slot for reading up to n bytes from a pipe that held them.
+// EAGAIN tells that they are gone: a container can read its own output.
 func (j *Journal) expect(s *slot, pipe, n int) error {
-	s.setLength(n)
 	var sentinel [sentinelSize]byte
-	tail := sentinel[:min(n, sentinelSize)]
 	if n < sentinelSize {
-		if err := j.peek(pipe, tail); err != nil {
+		held, err := j.peek(pipe, sentinel[:n])
+		if err != nil {
 			return err
 		}
-		for i := range tail {
-			tail[i] = ^tail[i]
+		n = held
+		for i := range sentinel[:n] {
+			sentinel[i] = ^sentinel[i]
 		}
 	} else {
-		_, _ = rand.Read(tail) // never fails
+		_, _ = rand.Read(sentinel[:]) // never fails
 	}
+	s.setLength(n)
 	copy(s.mem[atSentinel:], sentinel[:])
-	copy(s.mem[slotHead+n-len(tail):], tail)
+	tail := min(n, sentinelSize)
+	copy(s.mem[slotHead+n-tail:], sentinel[:tail])
 	s.setState(slotReading)
 	return nil
 }
 
-// peek reads what a pipe holds and leaves it there.
-func (j *Journal) peek(pipe int, p []byte) error {
+// peek reads what a pipe holds, leaves it there, and tells how much it is. EAGAIN is
+// nothing.
+func (j *Journal) peek(pipe int, p []byte) (int, error) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	n, err := ignoringEINTR(func() (int, error) {
 		n, err := unix.Tee(pipe, j.look[1], len(p), unix.SPLICE_F_NONBLOCK)
 		return int(n), err
 	})
+	if err == unix.EAGAIN || err == nil && n == 0 {
+		return 0, unix.EAGAIN
+	}
 	if err != nil {
-		return fmt.Errorf("look into pipe: %w", err)
+		return 0, fmt.Errorf("look into pipe: %w", err)
 	}
 	seen, err := ignoringEINTR(func() (int, error) { return unix.Read(j.look[0], p) })
-	if err != nil || n != len(p) || seen != len(p) {
-		return fmt.Errorf("look into pipe: %d of %d bytes: %w", seen, len(p), errors.Join(err, unix.EIO))
+	if err != nil || seen != n {
+		return 0, fmt.Errorf("look into pipe: %d of %d bytes: %w", seen, n, errors.Join(err, unix.EIO))
 	}
-	return nil
+	return n, nil
 }
 
 func ignoringEINTR(f func() (int, error)) (int, error) {

@@ -263,7 +263,7 @@ func (o *Output) readPipe(fd int, stream string) (*slot, error) {
 		return nil, emptyPipe(fd)
 	}
 	c := o.journal.get(o.id, stream)
-	// Nobody else reads the pipe, so exactly as much can be read as is there.
+	// Exactly as much can be read as is there, unless the container reads it itself.
 	if err = o.journal.expect(c, fd, min(n, chunk)); err == nil {
 		n, err = ignoringEINTR(func() (int, error) { return unix.Read(fd, c.data()) })
 	}

@@ -258,6 +258,57 @@ func TestSentinelIsNeverOutput(t *testing.T) {
 	}
 }
 
+// A container that reads its own output, as by /proc/1/fd/1, gets what it reads and
+// no more: the rest is in the log, and reading goes on.
+func TestContainerReadsItsOwnOutput(t *testing.T) {
+	b := newBench(t)
+	s := b.journal.get("c", "stdout")
+	fd := int(b.r.Fd())
+	if err := unix.SetNonblock(fd, true); err != nil {
+		t.Fatal(err)
+	}
+	if err := b.journal.expect(s, fd, 3); err != unix.EAGAIN {
+		t.Errorf("of an empty pipe: %v, not EAGAIN", err)
+	}
+	b.write("ab")
+	b.expect(s, 3)
+	if len(s.data()) != 2 || s.arrived() {
+		t.Errorf("%d bytes are awaited of a pipe that holds 2", len(s.data()))
+	}
+	if n, err := unix.Read(fd, s.data()); n != 2 || err != nil || !s.arrived() {
+		t.Errorf("read %d bytes, %v", n, err)
+	}
+
+	o := b.output()
+	o.Read()
+	stop, stopped := make(chan struct{}), make(chan int)
+	go func() {
+		taken := 0
+		for one := make([]byte, 1); ; {
+			select {
+			case <-stop:
+				stopped <- taken
+				return
+			default:
+			}
+			if n, err := unix.Read(fd, one); err == nil {
+				taken += n
+			}
+		}
+	}()
+	for range 20000 {
+		b.write("x")
+	}
+	close(stop)
+	t.Logf("%d of 20000 bytes were taken", <-stopped)
+	b.write("\nthe end\n")
+	b.await("the end")
+	b.w.Close()
+	if err := o.Drain(time.Minute); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // kubelet rotates the log while podmon is dead: what it has written half is taken
 // back where it is, and nothing is written twice.
 func TestResumeAfterRotation(t *testing.T) {
