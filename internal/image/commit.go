@@ -2,8 +2,10 @@ package image
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"sync"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
@@ -126,12 +128,31 @@ func (s *Store) commitBatch(ctx context.Context, batch []*staged) (err error) {
 		}
 		return nil
 	})
-	if err != nil {
-		for _, dir := range moved { // the next snapshots get the same numbers
-			_ = os.RemoveAll(dir) // err says enough; Open removes what stays
-		}
+	if err != nil && len(moved) > 0 {
+		s.discardMoved(context.WithoutCancel(ctx), moved) // err says enough; Open removes what stays
 	}
 	return err
+}
+
+// errNothingChanged ends a transaction that was only there to keep others out.
+var errNothingChanged = errors.New("nothing is changed")
+
+// discardMoved removes the directories of layers whose commit was rolled back. Their
+// numbers are free again: another snapshot may have got one meanwhile, and keeps what
+// it finds under it. Nobody gets one while this transaction lasts.
+func (s *Store) discardMoved(ctx context.Context, dirs []string) {
+	_ = s.meta.WithTransaction(ctx, true, func(ctx context.Context) error {
+		taken, err := storage.IDMap(ctx)
+		if err != nil {
+			return err
+		}
+		for _, dir := range dirs {
+			if _, used := taken[filepath.Base(dir)]; !used {
+				_ = os.RemoveAll(dir)
+			}
+		}
+		return errNothingChanged
+	})
 }
 
 // adopt records a staged layer as a committed snapshot and moves it to where the

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"os"
+	"path/filepath"
 	"sync"
 	"testing"
 
@@ -62,6 +63,32 @@ func TestBatchIsCommittedWholeOrNotAtAll(t *testing.T) {
 		t.Error(err)
 	}
 	assertSnapshots(t, s, 0)
+}
+
+// A layer whose commit was rolled back has lost its number, and another snapshot may
+// have got it by the time that the files are removed.
+func TestRolledBackLayersLeaveOthersAlone(t *testing.T) {
+	ctx := context.Background()
+	s := openStore(t)
+	batch := stagedLayers(t, s, 1)
+	if err := s.commitBatch(ctx, batch); err != nil {
+		t.Fatal(err)
+	}
+	dirs, err := s.chainDirs(ctx, batch[0].layer.chain.String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	taken, free := filepath.Dir(dirs[0]), s.snapshotDir("99")
+	if err := os.MkdirAll(filepath.Join(free, "fs"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	s.discardMoved(ctx, []string{taken, free})
+	if _, err := os.Stat(filepath.Join(taken, "fs", "f")); err != nil {
+		t.Errorf("a committed layer's file: %v", err)
+	}
+	if _, err := os.Stat(free); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the rolled back layer's directory is there still: %v", err)
+	}
 }
 
 func TestCommitterTakesLayersInAnyOrder(t *testing.T) {
