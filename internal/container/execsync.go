@@ -121,7 +121,7 @@ type collector struct {
 type stream struct {
 	c           *collector
 	read, write *os.File
-	parts       [][]byte // one buffer would be copied, and let go, each time that it grows
+	parts       [][]byte // full but the last: one buffer would be copied, and let go, each time that it grows
 	reader      sync.WaitGroup
 }
 
@@ -146,11 +146,22 @@ func (s *stream) start() {
 	})
 }
 
+// partSize is that of a stream's parts, bytes. A command may write single ones.
+const partSize = 32 << 10
+
 // Write keeps what is within the limit.
 func (s *stream) Write(p []byte) (int, error) {
 	over := s.c.taken.Add(int64(len(p))) - s.c.limit
-	if keep := int64(len(p)) - max(0, over); keep > 0 {
-		s.parts = append(s.parts, bytes.Clone(p[:keep]))
+	keep := p[:max(0, int64(len(p))-max(0, over))]
+	for len(keep) > 0 {
+		last := len(s.parts) - 1
+		if last < 0 || len(s.parts[last]) == partSize {
+			s.parts = append(s.parts, nil)
+			last++
+		}
+		n := min(len(keep), partSize-len(s.parts[last]))
+		s.parts[last] = append(s.parts[last], keep[:n]...)
+		keep = keep[n:]
 	}
 	return len(p), nil
 }
