@@ -176,7 +176,8 @@ func (s *stream) finish() {
 	s.reader.Wait()
 }
 
-// drain reads what is in the pipe without waiting for more.
+// drain reads what is in the pipe without waiting for more, and no more than it
+// holds: what the command has left behind may go on writing.
 func (s *stream) drain() {
 	raw, err := s.read.SyscallConn()
 	if err != nil {
@@ -185,16 +186,18 @@ func (s *stream) drain() {
 	buf := make([]byte, 64<<10)
 	// Control does not care for the deadline, as Read would.
 	_ = raw.Control(func(fd uintptr) {
-		for {
-			n, err := unix.Read(int(fd), buf)
-			if errors.Is(err, unix.EINTR) {
-				continue
-			}
-			if n <= 0 {
+		left, err := unix.FcntlInt(fd, unix.F_GETPIPE_SZ, 0)
+		for err == nil && left > 0 {
+			var n int
+			n, err = unix.Read(int(fd), buf[:min(left, len(buf))])
+			switch {
+			case errors.Is(err, unix.EINTR):
+				err = nil
+			case n <= 0:
 				return
-			}
-			if _, err := s.Write(buf[:n]); err != nil {
-				return
+			default:
+				_, err = s.Write(buf[:n])
+				left -= n
 			}
 		}
 	})

@@ -3,6 +3,8 @@ package container
 import (
 	"bytes"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 // What is kept of a command's output is the beginning of it, up to the limit, and
@@ -29,5 +31,40 @@ func TestOutputIsKeptUpToTheLimit(t *testing.T) {
 		if len(s.parts) > 4 || held > 2*limit {
 			t.Errorf("writes of %d bytes: %d bytes of memory in %d parts for %d", size, held, len(s.parts), limit)
 		}
+	}
+}
+
+// When a command has ended, what it has left behind and writes on and on is not
+// listened to: at most what the pipe held.
+func TestDrainEnds(t *testing.T) {
+	c := &collector{limit: 1 << 40}
+	s, err := c.stream()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.close()
+	size, err := unix.FcntlInt(s.read.Fd(), unix.F_GETPIPE_SZ, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.SetNonblock(int(s.read.Fd()), true); err != nil { // Fd has made it blocking
+		t.Fatal(err)
+	}
+	chunk := make([]byte, size)
+	if _, err := s.write.Write(chunk); err != nil {
+		t.Fatal(err)
+	}
+	for range 8 {
+		go func() {
+			for {
+				if _, err := s.write.Write(chunk); err != nil {
+					return
+				}
+			}
+		}()
+	}
+	s.drain()
+	if taken := c.taken.Load(); taken != int64(size) {
+		t.Errorf("%d bytes are read of a pipe of %d", taken, size)
 	}
 }
