@@ -238,3 +238,20 @@ func TestHalfSetAside(t *testing.T) {
 		t.Errorf("kept is %q, %v; want %q", raw, err, before)
 	}
 }
+
+// A daemon that was killed when it had just made the database has lost nothing.
+func TestFirstStartAgain(t *testing.T) {
+	p := newPlaces(t)
+	if err := os.MkdirAll(filepath.Dir(p.Database), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(p.Database, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, damage, err := Inspect(p.Config); err != nil || len(damage) > 0 {
+		t.Errorf("inspected: %v, %v", damage, err)
+	}
+	if s := p.open(t); s.Lost("any") || len(s.Damages()) > 0 {
+		t.Errorf("lost: %v", s.Damages())
+	}
+}

@@ -40,20 +40,21 @@ func (s *Store) openDatabase(path string) error {
 }
 
 // checkThere fails when there is nothing where a database was, which bbolt would
-// take for a new one.
+// take for a new one. Before any daemon has started that is no loss: the first one
+// may have been killed when it had just made the file.
 func (s *Store) checkThere(path string) error {
 	st, err := os.Stat(path)
 	switch {
 	case err == nil && st.Size() > 0:
 		return nil
+	case err != nil && !errors.Is(err, os.ErrNotExist):
+		return err
+	case !s.aside.boot.Known:
+		return nil
 	case err == nil:
 		return fmt.Errorf("%w: of 0 bytes", errEmpty)
-	case errors.Is(err, os.ErrNotExist) && !s.aside.boot.Known:
-		return nil // the first start
-	case errors.Is(err, os.ErrNotExist):
-		return fmt.Errorf("%w: gone", errEmpty)
 	default:
-		return err
+		return fmt.Errorf("%w: gone", errEmpty)
 	}
 }
 

@@ -117,10 +117,10 @@ func Inspect(cfg Config) (map[Kind]map[string][]byte, []Damage, error) {
 	return all, damage, nil
 }
 
-// eachInDatabase calls f for every record of a database that may be missing. bbolt
-// panics on some kinds of damage; that is an error here.
+// eachInDatabase calls f for every record of a database that may be missing or just
+// made. bbolt panics on some kinds of damage; that is an error here.
 func eachInDatabase(path string, f func(path string, k key, raw []byte)) (err error) {
-	if _, err := os.Stat(path); errors.Is(err, os.ErrNotExist) {
+	if st, err := os.Stat(path); errors.Is(err, os.ErrNotExist) || err == nil && st.Size() == 0 {
 		return nil
 	}
 	// A truncated file faults where bbolt has mapped more than there is.
