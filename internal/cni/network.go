@@ -100,6 +100,7 @@ type Network struct {
 	runner *runner
 	cni    *libcni.CNIConfig
 
+	making sync.Mutex                     // held by SetPodCIDRs
 	ranges atomic.Pointer[[]netip.Prefix] // of SetPodCIDRs, nil before
 	look   chan chan struct{}             // asks the watcher to look now; it closes what it got
 

@@ -49,6 +49,8 @@ func readTemplate(path string) (*template.Template, error) {
 // else. When it returns the network is loaded. Without a template the ranges are
 // kept for Info alone: then the network's own installer takes care of them.
 func (n *Network) SetPodCIDRs(ctx context.Context, ranges []netip.Prefix) error {
+	n.making.Lock() // two at a time would write into each other's file
+	defer n.making.Unlock()
 	ranges = slices.Clone(ranges)
 	n.ranges.Store(&ranges)
 	log := n.cfg.Log.WithField("ranges", ranges)
