@@ -34,7 +34,6 @@ type Journal struct {
 	f *os.File
 
 	mu    sync.Mutex
-	look  [2]int  // a pipe to see in what another one holds
 	free  []*slot // with their memory
 	holes []int64 // indexes of slots without
 	slots int64
@@ -77,6 +76,10 @@ const (
 type slot struct {
 	mem   []byte
 	index int64 // in the journal; -1 is not in it
+	// look is a pipe to see in what another one holds; only of a slot in the journal.
+	// Its own: a container can hold up who looks into its output (a write to a pipe
+	// keeps the pipe locked while it waits for the memory that it is from).
+	look [2]int
 }
 
 // NewJournal makes a journal at path, which must not exist.
@@ -86,12 +89,7 @@ func NewJournal(path string) (*Journal, error) {
 		return nil, fmt.Errorf("make journal: %w", err)
 	}
 	// Sequence numbers must differ from those of every podmon before.
-	j := &Journal{f: f, seq: uint64(time.Now().UnixNano())}
-	if err := unix.Pipe2(j.look[:], unix.O_CLOEXEC|unix.O_NONBLOCK); err != nil {
-		f.Close()
-		return nil, fmt.Errorf("make journal: %w", err)
-	}
-	return j, nil
+	return &Journal{f: f, seq: uint64(time.Now().UnixNano())}, nil
 }
 
 // get returns a slot for a chunk of a container's stream. When the run directory
@@ -128,12 +126,17 @@ func (j *Journal) grow() *slot {
 	if err != nil {
 		return nil
 	}
+	s := &slot{mem: mem, index: index}
+	if unix.Pipe2(s.look[:], unix.O_CLOEXEC|unix.O_NONBLOCK) != nil {
+		_ = unix.Munmap(mem)
+		return nil
+	}
 	if index == j.slots {
 		j.slots++
 	} else {
 		j.holes = j.holes[:len(j.holes)-1]
 	}
-	return &slot{mem, index}
+	return s
 }
 
 // put takes a slot back; the memory of more than a few is given back.
@@ -148,6 +151,8 @@ func (j *Journal) put(s *slot) {
 		j.free = append(j.free, s)
 		return
 	}
+	unix.Close(s.look[0])
+	unix.Close(s.look[1])
 	if unix.Munmap(s.mem) == nil {
 		_ = unix.Fallocate(int(j.f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, s.index*slotSize, slotSize)
 		j.holes = append(j.holes, s.index)
@@ -183,10 +188,10 @@ func (s *slot) setLength(n int) { binary.LittleEndian.PutUint32(s.mem[atLength:]
 
 // expect prepares the slot for reading up to n bytes from a pipe that held them.
 // EAGAIN tells that they are gone: a container can read its own output.
-func (j *Journal) expect(s *slot, pipe, n int) error {
+func (s *slot) expect(pipe, n int) error {
 	var sentinel [sentinelSize]byte
-	if n < sentinelSize {
-		held, err := j.peek(pipe, sentinel[:n])
+	if n < sentinelSize && s.index >= 0 {
+		held, err := s.peek(pipe, sentinel[:n])
 		if err != nil {
 			return err
 		}
@@ -207,11 +212,9 @@ func (j *Journal) expect(s *slot, pipe, n int) error {
 
 // peek reads what a pipe holds, leaves it there, and tells how much it is. EAGAIN is
 // nothing.
-func (j *Journal) peek(pipe int, p []byte) (int, error) {
-	j.mu.Lock()
-	defer j.mu.Unlock()
+func (s *slot) peek(pipe int, p []byte) (int, error) {
 	n, err := ignoringEINTR(func() (int, error) {
-		n, err := unix.Tee(pipe, j.look[1], len(p), unix.SPLICE_F_NONBLOCK)
+		n, err := unix.Tee(pipe, s.look[1], len(p), unix.SPLICE_F_NONBLOCK)
 		return int(n), err
 	})
 	if err == unix.EAGAIN || err == nil && n == 0 {
@@ -220,7 +223,7 @@ func (j *Journal) peek(pipe int, p []byte) (int, error) {
 	if err != nil {
 		return 0, fmt.Errorf("look into pipe: %w", err)
 	}
-	seen, err := ignoringEINTR(func() (int, error) { return unix.Read(j.look[0], p) })
+	seen, err := ignoringEINTR(func() (int, error) { return unix.Read(s.look[0], p) })
 	if err != nil || seen != n {
 		return 0, fmt.Errorf("look into pipe: %d of %d bytes: %w", seen, n, errors.Join(err, unix.EIO))
 	}

@@ -264,7 +264,7 @@ func (o *Output) readPipe(fd int, stream string) (*slot, error) {
 	}
 	c := o.journal.get(o.id, stream)
 	// Exactly as much can be read as is there, unless the container reads it itself.
-	if err = o.journal.expect(c, fd, min(n, chunk)); err == nil {
+	if err = c.expect(fd, min(n, chunk)); err == nil {
 		n, err = ignoringEINTR(func() (int, error) { return unix.Read(fd, c.data()) })
 	}
 	if err != nil || n == 0 {

@@ -220,7 +220,7 @@ func TestResumeFromJournal(t *testing.T) {
 // expect prepares the slot for reading n bytes that the pipe holds.
 func (b *bench) expect(s *slot, n int) {
 	b.t.Helper()
-	if err := b.journal.expect(s, int(b.r.Fd()), n); err != nil {
+	if err := s.expect(int(b.r.Fd()), n); err != nil {
 		b.t.Fatal(err)
 	}
 }
@@ -267,7 +267,7 @@ func TestContainerReadsItsOwnOutput(t *testing.T) {
 	if err := unix.SetNonblock(fd, true); err != nil {
 		t.Fatal(err)
 	}
-	if err := b.journal.expect(s, fd, 3); err != unix.EAGAIN {
+	if err := s.expect(fd, 3); err != unix.EAGAIN {
 		t.Errorf("of an empty pipe: %v, not EAGAIN", err)
 	}
 	b.write("ab")
