@@ -58,7 +58,7 @@ demo: build tools images ## One pod on a private podshim, shown and taken down a
 ##@ Test
 
 .PHONY: test
-test: lint unit pod fault-short critest ## All tests; what .ci/run calls
+test: lint unit pod fault-short e2e-short critest ## All tests; what .ci/run calls
 
 .PHONY: unit
 unit: ## Tests of the packages, as root where they need it
