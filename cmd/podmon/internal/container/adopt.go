@@ -118,6 +118,11 @@ func (c *Container) resumeOutput(files *wire.Message) (err error) {
 			c.log().WithError(err).Warn("open log; what cannot be logged is counted")
 			log = crilog.Await(c.rec.LogRoot, c.rec.LogPath, err)
 		}
+		defer func() {
+			if c.output == nil { // else it is Output's
+				log.Close()
+			}
+		}()
 	}
 	c.handles.stdin = files.Fd(wire.FileStdin)
 	c.handles.console = files.Fd(wire.FileConsole)
@@ -140,8 +145,8 @@ func (c *Container) resumeOutput(files *wire.Message) (err error) {
 	for _, name := range []string{wire.FileStdout, wire.FileStderr} {
 		if ends[name] = files.File(name); ends[name] == nil {
 			if ends[name], err = reopenFifo(filepath.Join(c.dir, name)); err != nil {
-				if log != nil {
-					log.Close()
+				for _, end := range ends {
+					end.Close() // of a nil file, that is nothing
 				}
 				return err
 			}
