@@ -1,6 +1,7 @@
 package pod
 
 import (
+	"math"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -74,9 +75,12 @@ func value(t *testing.T, p harness.Process, v1, v2 string) string {
 	return got
 }
 
-// weight is the kernel's cpu.weight for cpu.shares, by the formula kubelet's and
-// runc's documentation give for v2.
-func weight(shares int64) string { return strconv.FormatInt(1+((shares-2)*9999)/262142, 10) }
+// weight is what OCI runtimes make of cpu.shares on v2: the curve through the ends of
+// both ranges and their defaults, 1024 and 100 (KEP-2254).
+func weight(shares int64) string {
+	l := math.Log2(float64(shares))
+	return strconv.Itoa(int(math.Ceil(math.Pow(10, (l*l+125*l)/612-7.0/34))))
+}
 
 // P14: limits are in the files of the container's cgroup, which is below the pod's.
 func TestLimitsAreInTheCgroup(t *testing.T) {
