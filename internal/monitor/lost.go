@@ -1,9 +1,11 @@
 package monitor
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"strings"
 
 	"github.com/opencontainers/cgroups"
@@ -16,9 +18,10 @@ import (
 // EndLost ends a container that runs and that no podmon knows any more, as after
 // somebody emptied the run directory: its first process, and what else is in its
 // cgroup, which is removed. path is the OCI cgroupsPath. The gone is success, and
-// nothing is done about it.
+// nothing is done about it. A record may be of an earlier boot, in which another
+// process had the same PID and start time: only what is in the cgroup is ended.
 func EndLost(ctx context.Context, p Process, path string, systemd bool) error {
-	if p.PID == 0 || !p.Alive() {
+	if p.PID == 0 || !p.Alive() || !inCgroup(p.PID, path) {
 		return nil
 	}
 	if err := killAndWait(ctx, p); err != nil {
@@ -54,6 +57,14 @@ func EndLost(ctx context.Context, p Process, path string, systemd bool) error {
 		return fmt.Errorf("cgroup %s: %w", path, err)
 	}
 	return nil
+}
+
+// inCgroup tells whether a process is in the cgroup that a cgroupsPath names, or below
+// it: the path's last part is an ID, which no other cgroup's path has.
+func inCgroup(pid int, path string) bool {
+	raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid))
+	id := path[strings.LastIndexAny(path, ":/")+1:]
+	return err == nil && id != "" && bytes.Contains(raw, []byte(id))
 }
 
 // killAndWait kills a process and returns when it has ended; the gone is success.
