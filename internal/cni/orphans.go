@@ -145,7 +145,8 @@ func (p orphan) await(ctx context.Context, limit time.Time) error {
 	if err == nil || ctx.Err() != nil {
 		return errors.Join(err, context.Cause(ctx))
 	}
-	if group, gerr := unix.Getpgid(p.pid); gerr == nil && !p.ended(conn.Control) {
+	// 0 and -1 would not be one group: kill(2).
+	if group, gerr := unix.Getpgid(p.pid); gerr == nil && group > 1 && !p.ended(conn.Control) {
 		if kerr := unix.Kill(-group, unix.SIGKILL); kerr != nil && !errors.Is(kerr, unix.ESRCH) {
 			return kerr
 		}

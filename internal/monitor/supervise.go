@@ -266,8 +266,8 @@ func (m *Monitor) unwell(why error) {
 	m.trouble = why
 }
 
-// Health is nil when new containers can be started: there is a podmon, and it has
-// answered the last ping. Otherwise it says since when not and why.
+// Health is nil when new containers can be started: there is a podmon, and it is not
+// known to hang. Otherwise it says since when not and why.
 func (m *Monitor) Health() error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
