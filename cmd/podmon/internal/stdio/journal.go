@@ -76,7 +76,7 @@ const (
 type slot struct {
 	mem   []byte
 	index int64 // in the journal; -1 is not in it
-	// look is a pipe to see in what another one holds; only of a slot in the journal.
+	// look is a pipe to see in what another one holds, made when it is first needed.
 	// Its own: a container can hold up who looks into its output (a write to a pipe
 	// keeps the pipe locked while it waits for the memory that it is from).
 	look [2]int
@@ -126,17 +126,12 @@ func (j *Journal) grow() *slot {
 	if err != nil {
 		return nil
 	}
-	s := &slot{mem: mem, index: index}
-	if unix.Pipe2(s.look[:], unix.O_CLOEXEC|unix.O_NONBLOCK) != nil {
-		_ = unix.Munmap(mem)
-		return nil
-	}
 	if index == j.slots {
 		j.slots++
 	} else {
 		j.holes = j.holes[:len(j.holes)-1]
 	}
-	return s
+	return &slot{mem: mem, index: index}
 }
 
 // put takes a slot back; the memory of more than a few is given back.
@@ -151,8 +146,11 @@ func (j *Journal) put(s *slot) {
 		j.free = append(j.free, s)
 		return
 	}
-	unix.Close(s.look[0])
-	unix.Close(s.look[1])
+	if s.look != noPipe {
+		unix.Close(s.look[0])
+		unix.Close(s.look[1])
+		s.look = noPipe
+	}
 	if unix.Munmap(s.mem) == nil {
 		_ = unix.Fallocate(int(j.f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, s.index*slotSize, slotSize)
 		j.holes = append(j.holes, s.index)
@@ -190,7 +188,7 @@ func (s *slot) setLength(n int) { binary.LittleEndian.PutUint32(s.mem[atLength:]
 // EAGAIN tells that they are gone: a container can read its own output.
 func (s *slot) expect(pipe, n int) error {
 	var sentinel [sentinelSize]byte
-	if n < sentinelSize && s.index >= 0 {
+	if n < sentinelSize && s.canPeek() {
 		held, err := s.peek(pipe, sentinel[:n])
 		if err != nil {
 			return err
@@ -208,6 +206,13 @@ func (s *slot) expect(pipe, n int) error {
 	copy(s.mem[slotHead+n-tail:], sentinel[:tail])
 	s.setState(slotReading)
 	return nil
+}
+
+var noPipe [2]int
+
+// canPeek tells whether peek is of use and works: reading must go on without.
+func (s *slot) canPeek() bool {
+	return s.index >= 0 && (s.look != noPipe || unix.Pipe2(s.look[:], unix.O_CLOEXEC|unix.O_NONBLOCK) == nil)
 }
 
 // peek reads what a pipe holds, leaves it there, and tells how much it is. EAGAIN is
