@@ -6,6 +6,7 @@ import (
 	"io"
 	"net/url"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -106,7 +107,7 @@ func (d *parts) explain(what string) ([]explanation, error) {
 	}
 	last := calls[len(calls)-1]
 	return []explanation{{
-		Pod: last.Namespace + "/" + last.Pod, State: "not there", Why: lastError(calls), Calls: calls,
+		Pod: last.Namespace + "/" + last.Pod, State: "not there", Why: whyGone(calls), Calls: calls,
 	}}, nil
 }
 
@@ -126,10 +127,15 @@ func names(what, namespace, pod string, ids []string) bool {
 	return false
 }
 
-func lastError(calls []timeline.Operation) string {
-	for i := len(calls) - 1; i >= 0; i-- {
-		if calls[i].Error != "" {
-			return calls[i].Name + ": " + calls[i].Error
+// whyGone is the last error, unless the pod was made after it: then it is there no
+// more because it was removed.
+func whyGone(calls []timeline.Operation) string {
+	for _, c := range slices.Backward(calls) {
+		switch {
+		case c.Error != "":
+			return c.Name + ": " + c.Error
+		case c.Name == "RunPodSandbox" && !c.Running:
+			return "it was made, and has been removed since"
 		}
 	}
 	return ""
@@ -157,6 +163,11 @@ func (d *parts) explainPod(r *sandbox.Record, ids []string) explanation {
 	})
 	for _, c := range d.containers.InSandbox(r.ID) {
 		e.Containers = append(e.Containers, explainContainer(c, e.Namespaces))
+		for i := range e.Calls { // StartContainer names its container by ID only
+			if call := &e.Calls[i]; call.ID != "" && strings.HasPrefix(c.ID, call.ID) {
+				call.Container = c.Config.GetMetadata().GetName()
+			}
+		}
 	}
 	return e
 }

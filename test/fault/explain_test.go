@@ -24,8 +24,8 @@ type explanation struct {
 }
 
 type remembered struct {
-	Name, Error string
-	Steps       []struct{ Name, Error string }
+	Name, Container, Error string
+	Steps                  []struct{ Name, Error string }
 }
 
 func explain(t *testing.T, n *harness.Node, what string) explanation {
@@ -79,6 +79,30 @@ func TestExplain(t *testing.T) {
 					t.Errorf("%s: the steps of %s are %q", what, call, steps)
 				}
 			}
+			for _, call := range e.Calls {
+				if call.Name == "StartContainer" && call.Container != c.Config.Metadata.Name {
+					t.Errorf("%s: the start of %s is said to be of %q", what, c.Config.Metadata.Name, call.Container)
+				}
+			}
+		}
+	})
+	t.Run("a pod that was made at the second try, and removed", func(t *testing.T) {
+		pod := n.With(t).PodConfig()
+		if _, err := n.Runtime.RunPodSandbox(n.Context(), &cri.RunPodSandboxRequest{Config: pod, RuntimeHandler: "no-such"}); err == nil {
+			t.Fatal("a handler that is not there")
+		}
+		if e := explain(t, n, "test/"+pod.Metadata.Name); !strings.Contains(e.Why, "no-such") {
+			t.Errorf("the first try: %+v", e)
+		}
+		r, err := n.Runtime.RunPodSandbox(n.Context(), &cri.RunPodSandboxRequest{Config: pod})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := n.Runtime.RemovePodSandbox(n.Context(), &cri.RemovePodSandboxRequest{PodSandboxId: r.PodSandboxId}); err != nil {
+			t.Fatal(err)
+		}
+		if e := explain(t, n, "test/"+pod.Metadata.Name); e.State != "not there" || !strings.Contains(e.Why, "removed since") {
+			t.Errorf("the removed pod: %+v", e)
 		}
 	})
 	t.Run("a container that runs out of memory", func(t *testing.T) {
