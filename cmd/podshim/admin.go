@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"net/url"
 	"path/filepath"
+	"syscall"
 	"time"
 
 	"github.com/podshim/podshim/internal/config"
@@ -18,9 +19,6 @@ import (
 // adminSocket is where a daemon answers podshim's own commands (doctor, explain),
 // in the run directory: HTTP with JSON, for root only.
 const adminSocket = "admin.sock"
-
-// errNoDaemon tells that no podshim runs on the run directory.
-var errNoDaemon = errors.New("podshim does not run")
 
 // openAdmin serves podshim's own commands beside CRI.
 func (d *parts) openAdmin(context.Context) error {
@@ -61,19 +59,14 @@ func answer(w http.ResponseWriter, body any, err error) {
 	_ = json.NewEncoder(w).Encode(body) // the client has gone
 }
 
-// askDaemon has the running daemon answer a command. errNoDaemon is in the chain
-// of its error when nobody listens.
+// askDaemon has the running daemon answer a command.
 func askDaemon(ctx context.Context, cfg *config.Config, command string, args url.Values, body any) error {
 	socket := filepath.Join(cfg.Run, adminSocket)
 	client := &http.Client{Transport: &http.Transport{
 		DisableKeepAlives: true,
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			var d net.Dialer
-			conn, err := d.DialContext(ctx, "unix", socket)
-			if err != nil {
-				return nil, fmt.Errorf("%w: %w", errNoDaemon, err)
-			}
-			return conn, nil
+			return d.DialContext(ctx, "unix", socket)
 		},
 	}}
 	req, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://podshim/"+command+"?"+args.Encode(), nil)
@@ -81,6 +74,9 @@ func askDaemon(ctx context.Context, cfg *config.Config, command string, args url
 		return err
 	}
 	resp, err := client.Do(req)
+	if errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, syscall.ENOENT) {
+		return fmt.Errorf("no podshim runs on %s: start it, or give %s its --config or --run", cfg.Run, command)
+	}
 	if err != nil {
 		return fmt.Errorf("ask podshim on %s: %w", socket, err)
 	}

@@ -41,10 +41,18 @@ func TestConfigFileThatWasAskedForMustBeThere(t *testing.T) {
 }
 
 func TestBadUsage(t *testing.T) {
-	for _, args := range [][]string{{"nonsense"}, {"--nonsense"}, {"config", "default", "x"}, {"--log-level", "loud"}, {"check", "--root", "rel"}} {
+	for _, args := range [][]string{{"nonsense"}, {"--nonsense"}, {"config", "nonsense"}, {"explain"}, {"config", "default", "x"}, {"--log-level", "loud"}, {"check", "--root", "rel"}} {
 		if status, stdout, stderr := podshim(args...); status != 1 || stdout != "" || !strings.HasPrefix(stderr, "podshim: ") {
 			t.Errorf("%q: exit %d, stdout %q, stderr %q", args, status, stdout, stderr)
 		}
+	}
+}
+
+func TestExplainWithoutADaemon(t *testing.T) {
+	dir := t.TempDir()
+	status, _, stderr := podshim("explain", "--run", dir, "shop")
+	if want := "podshim: no podshim runs on " + dir + ": start it, or give explain its --config or --run\n"; status != 1 || stderr != want {
+		t.Errorf("exit %d, %q", status, stderr)
 	}
 }
 

@@ -173,7 +173,12 @@ func decode(name string, data []byte, cfg *Config) error {
 	var wrong *toml.DecodeError
 	if errors.As(err, &wrong) {
 		row, col := wrong.Position()
-		return fmt.Errorf("%s:%d:%d: %s%s", name, row, col, keyPrefix(wrong.Key()), strings.TrimPrefix(wrong.Error(), "toml: "))
+		// The library names Go's fields and types, which are nobody's business.
+		what, _, _ := strings.Cut(strings.TrimPrefix(wrong.Error(), "toml: "), " into struct field ")
+		if kind, ok := strings.CutPrefix(what, "cannot decode TOML "); ok {
+			what = "wrong type: " + kind + "; `podshim config default` shows the right one"
+		}
+		return fmt.Errorf("%s:%d:%d: %s%s", name, row, col, keyPrefix(wrong.Key()), what)
 	}
 	return fmt.Errorf("%s: %w", name, err)
 }

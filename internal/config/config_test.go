@@ -140,7 +140,7 @@ func TestLoadRefuses(t *testing.T) {
 		{"unknown table", "[crio]\na = 1\n", []string{":1:2: unknown key crio"}},
 		{"unknown key of a handler", "[runtime.handlers.a]\nnofile = 1\n", []string{":2:1: unknown key runtime.handlers.a.nofile"}},
 		{"number for a string", "[log]\nlevel = 3\n", []string{"config.toml:2:", "log.level"}},
-		{"string for a number", "[cri]\n\nstream_port = \"80\"\n", []string{"config.toml:3:", "cri.stream_port"}},
+		{"string for a number", "[cri]\n\nstream_port = \"80\"\n", []string{"config.toml:3:15: cri.stream_port: wrong type: string"}},
 		{"string for a list", "[network]\nbin_dirs = \"/a\"\n", []string{"config.toml:2:", "network.bin_dirs"}},
 		{"no duration", "[cri]\nstream_idle_timeout = \"soon\"\n", []string{"config.toml:2:", "cri.stream_idle_timeout", `"soon" is not a time`}},
 		{"negative limit", "[runtime]\nnofile_soft = -1\n", []string{"config.toml:2:", "runtime.nofile_soft"}},
