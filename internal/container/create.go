@@ -138,6 +138,9 @@ func (m *Manager) image(field string, want *runtime.ImageSpec) (image.Image, err
 	}
 	img, err := m.Images.Get(want.GetImage())
 	if err != nil {
+		if errors.Is(err, errdefs.ErrNotFound) {
+			return image.Image{}, fmt.Errorf("%s.image: pull it before it is used: %w", field, err)
+		}
 		return image.Image{}, fmt.Errorf("%s.image: %w", field, err)
 	}
 	if ref := want.GetImageRef(); ref != "" && ref != img.ID && !slices.Contains(img.RepoDigests, ref) {

@@ -31,8 +31,10 @@ func (s *runtimeService) Attach(_ context.Context, req *runtime.AttachRequest) (
 	if err != nil {
 		return nil, err
 	}
-	if has := c.Get().Config.GetTty(); has != req.GetTty() {
-		return nil, fmt.Errorf("tty: is %t, but that container %s has a terminal is %t: %w", req.GetTty(), c.Get().ID, has, errdefs.ErrInvalidArgument)
+	if has := c.Get().Config.GetTty(); has && !req.GetTty() {
+		return nil, fmt.Errorf("tty: is false, but container %s has a terminal: attach with one (crictl attach -t): %w", c.Get().ID, errdefs.ErrInvalidArgument)
+	} else if !has && req.GetTty() {
+		return nil, fmt.Errorf("tty: is true, but container %s has no terminal: attach without one: %w", c.Get().ID, errdefs.ErrInvalidArgument)
 	}
 	return s.Streaming.GetAttach(req)
 }

@@ -316,7 +316,7 @@ func (d *Doctor) Repair(ctx context.Context, found []Finding) {
 		err := f.repair(limited)
 		cancel()
 		if err == nil && f.there != nil && f.there() {
-			err = fmt.Errorf("it is there still")
+			err = fmt.Errorf("repair ended without an error, but it is there still: look at it by hand")
 		}
 		if err != nil {
 			f.Error = err.Error()

@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -54,7 +55,7 @@ func newRemote(ctx context.Context, dirs []string, named reference.Named, c cred
 			hosts[i].Authorizer = bearerAuthorizer{c, hosts[i].Authorizer}
 		}
 	}
-	r := &remote{named: named, hosts: hosts, names: strings.Join(names, ", "), meter: m}
+	r := &remote{named: named, hosts: hosts, names: strings.Join(slices.Compact(names), ", "), meter: m}
 	r.resolve = docker.NewResolver(docker.ResolverOptions{
 		Headers: http.Header{"User-Agent": {"podshim"}},
 		Hosts:   func(string) ([]docker.RegistryHost, error) { return hosts, nil },

@@ -297,6 +297,7 @@ func (m *Monitor) replace(l *link) {
 	}
 	l.close()
 	close(l.killed)
+	m.log.WithField("podmon", l.name).Warn("podmon has ended; containers run on, and what it held goes to another podmon")
 	m.handOver(l)
 }
 

@@ -170,7 +170,7 @@ func (f *forwards) run(p *pair) {
 	}
 	// Errors are those of a client that is gone. Its error stream is ended, not
 	// reset, which would overtake the message.
-	_, _ = fmt.Fprintf(p.errs, "forward port %d of pod sandbox %s: %v", p.port, f.sandbox, err)
+	_, _ = fmt.Fprintf(p.errs, "%v", err)
 	_ = p.errs.Close()
 	_ = p.data.Reset()
 }
