@@ -56,7 +56,7 @@ func main() {
 
 func run(args []string) error {
 	if len(args) < 4 || args[0] != "serve" {
-		return errors.New("usage: podmon serve RUNDIR INSTANCE BUILD [systemd]")
+		return errors.New("podshim starts podmon by itself; usage: podmon serve RUNDIR INSTANCE BUILD [systemd]")
 	}
 	runDir, instance := args[1], args[2]
 	defaultSignals()

@@ -43,6 +43,9 @@ func newRoot() *cobra.Command {
 			return serve(cmd.Context(), cfg, newLogger(cfg, cmd.ErrOrStderr()))
 		},
 	}
+	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
+		return fmt.Errorf("%w; %s --help lists them", err, cmd.CommandPath())
+	})
 	root.CompletionOptions.HiddenDefaultCmd = true
 	settings.register(root.PersistentFlags())
 	root.AddCommand(newCheckCommand(settings), newDoctorCommand(settings), newExplainCommand(settings), newConfigCommand(settings), newVersionCommand())
