@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -206,4 +207,54 @@ func TestStreamsCut(t *testing.T) {
 	})
 	c.Stop(30 * time.Second)
 	counted(t, c.LogPath(), "stdout")
+}
+
+// A command that is being started when its container is killed, by podshim or by
+// another, is told that the container has exited, whoever of its processes the kernel
+// has ended first.
+func TestExecMeetsKill(t *testing.T) {
+	harness.NeedRoot(t)
+	n := harness.Start(t, harness.Options{})
+	p := n.RunPod()
+	answers := map[codes.Code]int{}
+	rounds := times(100, 10)
+	for round := range rounds {
+		c := p.Shell("exec sleep 1000000")
+		pid := c.Process().PID
+		var begun, running sync.WaitGroup
+		ends := make([]error, 8)
+		for i := range ends {
+			begun.Add(1)
+			running.Go(func() {
+				for runs := 0; ends[i] == nil; runs++ {
+					_, ends[i] = n.Runtime.ExecSync(n.Context(), &cri.ExecSyncRequest{ContainerId: c.ID, Cmd: []string{"true"}})
+					if runs == 0 {
+						begun.Done()
+					}
+				}
+			})
+		}
+		begun.Wait()
+		if round%2 == 0 {
+			if err := unix.Kill(pid, unix.SIGKILL); err != nil {
+				t.Fatal(err)
+			}
+		} else {
+			c.Stop(0)
+		}
+		running.Wait()
+		for _, err := range ends {
+			code := status.Code(err)
+			answers[code]++
+			if code != codes.FailedPrecondition && code != codes.NotFound {
+				t.Errorf("round %d: %v", round, err)
+			}
+		}
+		c.Remove()
+	}
+	podmon := n.Podmon().PID
+	asked(t, "podmon reaps what is left of the starts", func() bool {
+		return len(harness.Processes(func(p harness.Process) bool { return p.Parent == podmon && p.State == "Z" })) == 0
+	})
+	figures(t, "%d rounds of 8 commands at a time: %v", rounds, answers)
 }

@@ -39,6 +39,21 @@ func (p Process) Alive() bool {
 		fields[stateField] != "Z" && fields[stateField] != "X"
 }
 
+// Ending tells whether the process runs no more of its program: it is dead, or has
+// begun to die. PID 1 of a PID namespace stays in that until all others in it, which
+// the kernel kills then, have been reaped.
+func (p Process) Ending() bool {
+	fields, err := statFields(p.PID)
+	if err != nil || fields[startTimeField] != strconv.FormatUint(p.StartTime, 10) {
+		return true
+	}
+	flags, err := strconv.ParseUint(fields[flagsField], 10, 64)
+	return err == nil && flags&exiting != 0
+}
+
+// exiting is the kernel's PF_EXITING (include/linux/sched.h).
+const exiting = 0x4
+
 // userHZ is the unit of times in /proc for user space: always 100 a second on
 // the architectures that Go knows (see sysconf(3), _SC_CLK_TCK).
 const userHZ = 100
@@ -58,6 +73,7 @@ func (p Process) StartedAt() (time.Time, error) {
 const (
 	stateField     = 3 - 3
 	parentField    = 4 - 3
+	flagsField     = 9 - 3
 	startTimeField = 22 - 3
 	exitCodeField  = 52 - 3
 )

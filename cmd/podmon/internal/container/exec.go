@@ -92,7 +92,8 @@ func (c *Container) runExec(process *libcontainer.Process) error {
 		if !known {
 			c.m.reaper.look()
 		}
-		if c.hasExited() || !c.rec.Process.Alive() {
+		// The kernel kills the new process before PID 1 has ended, as podmon may.
+		if c.killed.Load() || c.rec.Process.Ending() {
 			return wire.Errorf(wire.ClassPrecondition, "exec: container %s has exited: %w", c.ID, err)
 		}
 		return err
