@@ -3,6 +3,7 @@ package fault
 import (
 	"testing"
 
+	"golang.org/x/sys/unix"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/podshim/podshim/test/harness"
@@ -21,22 +22,35 @@ func TestOOMKilled(t *testing.T) {
 		reason string
 	}
 	got := map[string]map[verdict]int{}
+	count := func(name string, s *cri.ContainerStatus) {
+		if got[name] == nil {
+			got[name] = map[verdict]int{}
+		}
+		got[name][verdict{s.ExitCode, s.Reason}]++
+	}
 	rounds := times(200, 5)
 	for range rounds {
 		for name, script := range map[string]string{
 			"PID 1": "exec " + eat, "a child, then 0": eat + "; exit 0", "a child, then 3": eat + "; exit 3",
 		} {
 			c := p.Shell(script, limited)
-			s := c.WaitExit()
-			if got[name] == nil {
-				got[name] = map[verdict]int{}
-			}
-			got[name][verdict{s.ExitCode, s.Reason}]++
+			count(name, c.WaitExit())
 			c.Remove()
 		}
 	}
+	// What ends PID 1 later need not be what had ended a child.
+	for range rounds {
+		c := p.Shell(eat+"; echo survived; exec sleep 1000000", limited)
+		c.WaitLog("survived")
+		if err := unix.Kill(c.Process().PID, unix.SIGKILL); err != nil {
+			t.Fatal(err)
+		}
+		count("a child, then somebody's SIGKILL", c.WaitExit())
+		c.Remove()
+	}
 	for name, want := range map[string]verdict{
 		"PID 1": {137, "OOMKilled"}, "a child, then 0": {0, "Completed"}, "a child, then 3": {3, "Error"},
+		"a child, then somebody's SIGKILL": {137, "Error"},
 	} {
 		if got[name][want] != rounds {
 			t.Errorf("%s: %v, want %d times %v", name, got[name], rounds, want)

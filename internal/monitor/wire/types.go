@@ -39,7 +39,8 @@ type Exit struct {
 	// heard is unknown, never invented.
 	Code  int32 `json:"code"`
 	Known bool  `json:"known"`
-	// OOMKilled: the process was killed, and its cgroup's oom_kill counter moved.
+	// OOMKilled: the kernel's OOM killer killed the process, or one of its cgroup and
+	// the process ended with that one's code, 137.
 	OOMKilled bool      `json:"oom_killed,omitempty"`
 	At        time.Time `json:"at"`
 }

@@ -373,7 +373,7 @@ func (c *Container) watch() {
 		return
 	}
 	exit := exitOf(status, known, at)
-	exit.OOMKilled = exit.Known && exit.Code == 128+int32(unix.SIGKILL) && oomKills > 0 && !c.killed.Load()
+	exit.OOMKilled = known && c.killedByOOM(status, oomKills)
 	exit = c.reapedOnce(exit)
 	cleared := c.clear(lc)
 	if err := save(c.dir, exitFile, exit); err != nil {
