@@ -111,7 +111,7 @@ vm: build tools ## test/pod in a Debian VM: cgroup v2 and systemd, where this ma
 	@test/vm/disk.sh _artifacts/vm
 	@payload=$$(mktemp -d) && trap 'rm -rf "$$payload"' EXIT && \
 	mkdir "$$payload/bin" "$$payload/tools" && cp $(BIN)/podshim $(BIN)/podmon "$$payload/bin" && \
-	find $(TOOLS)/ -maxdepth 1 -type f ! -name critest ! -name kubelet -exec cp {} "$$payload/tools" \; && \
+	find $(TOOLS)/ -maxdepth 1 -type f ! -name critest ! -name 'kube*' -exec cp {} "$$payload/tools" \; && \
 	CGO_ENABLED=0 go test -c -ldflags '-s -w' -o "$$payload/pod.test" ./test/pod && \
 	cp test/vm/guest.sh "$$payload" && \
 	printf "DRIVERS='%s' ARGS='%s'\n" '$(or $(DRIVERS),cgroupfs systemd)' '$(ARGS)' >"$$payload/settings" && \
@@ -172,11 +172,23 @@ kubelet: ## kubelet, at the version of hack/kubelet (takes minutes, once)
 	CGO_ENABLED=0 go build -ldflags "-X k8s.io/component-base/version.gitVersion=$$version" \
 		-o $(TOOLS)/ k8s.io/kubernetes/cmd/kubelet
 
+.PHONY: kube
+kube: ## kubelet, kube-apiserver and kubectl, at the version of hack/kubelet (takes minutes, once)
+	@mkdir -p $(TOOLS)
+	@cd hack/kubelet && version=$$(go list -m -f '{{.Version}}' k8s.io/kubernetes) && \
+	CGO_ENABLED=0 go build -ldflags "-X k8s.io/component-base/version.gitVersion=$$version" \
+		-o $(TOOLS)/ k8s.io/kubernetes/cmd/kubelet k8s.io/kubernetes/cmd/kube-apiserver k8s.io/kubernetes/cmd/kubectl
+
 .PHONY: e2e
 e2e: build tools images kubelet ## The pods of examples/, run by a real kubelet
 	@$(need) $(NEED_TEST)
-	PODSHIM_BIN_DIR=$(BIN) PODSHIM_TOOLS_DIR=$(TOOLS) go test -count=1 -timeout 30m ./test/e2e/... $(ARGS)
+	PODSHIM_BIN_DIR=$(BIN) PODSHIM_TOOLS_DIR=$(TOOLS) go test -count=1 -timeout 30m -skip '^TestCluster' ./test/e2e/... $(ARGS)
 
 .PHONY: e2e-short
 e2e-short: ## The same with fewer pods at once and fewer probes: what CI runs
 	@$(MAKE) --no-print-directory e2e ARGS='-short $(ARGS)'
+
+.PHONY: e2e-cluster
+e2e-cluster: build tools images kube ## The pods of examples/cluster: kubelet with an API server, which is a pod on podshim
+	@$(need) $(NEED_TEST)
+	PODSHIM_BIN_DIR=$(BIN) PODSHIM_TOOLS_DIR=$(TOOLS) go test -count=1 -timeout 30m -run '^TestCluster' ./test/e2e/... $(ARGS)
