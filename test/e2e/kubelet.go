@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -53,9 +54,10 @@ type kubelet struct {
 	// expect are errors in kubelet's log that the test itself brings about.
 	expect []*regexp.Regexp
 
-	program string
-	config  string
-	client  *http.Client
+	program    string
+	config     string
+	kubeconfig string // of the API server, if there is one
+	client     *http.Client
 
 	mu     sync.Mutex
 	cmd    *exec.Cmd
@@ -66,6 +68,8 @@ type kubelet struct {
 type Options struct {
 	// Config are lines of YAML for the KubeletConfiguration.
 	Config string
+	// Eviction is evictionHard; "" is what this machine will not come to.
+	Eviction string
 	// Node are the options of the podshim.
 	Node harness.Options
 }
@@ -79,6 +83,15 @@ const nodeName = "node"
 // Start runs a podshim and a kubelet for a test.
 func Start(t TB, opts Options) *Kubelet {
 	t.Helper()
+	k := newKubelet(t, opts)
+	t.Cleanup(k.end)
+	k.Launch()
+	return k
+}
+
+// newKubelet makes all but the process.
+func newKubelet(t TB, opts Options) *Kubelet {
+	t.Helper()
 	program := find(t)
 	n := harness.Start(t, opts.Node)
 	serveImages(t, n)
@@ -86,11 +99,12 @@ func Start(t TB, opts Options) *Kubelet {
 		Dir: n.Dir, Root: n.Dir + "/kubelet", Manifests: n.Dir + "/manifests", Logs: n.Dir + "/pods",
 		CgroupRoot: n.PodsCgroup, program: program, config: n.Dir + "/kubelet.yaml",
 	}, t: t, Node: n}
+	if opts.Node.SmallRoot != "" { // kubelet and podshim have one disk, as is usual
+		k.Root = n.Root + "/kubelet"
+	}
 	if err := k.prepare(n, opts); err != nil {
 		t.Fatalf("prepare kubelet: %v", err)
 	}
-	t.Cleanup(k.end)
-	k.Launch()
 	return k
 }
 
@@ -156,12 +170,15 @@ func (k *kubelet) prepare(n *harness.Node, opts Options) error {
 	if err := os.WriteFile(resolv, []byte("nameserver 192.0.2.53\nsearch test.local\n"), 0o644); err != nil {
 		return err
 	}
-	return os.WriteFile(k.config, []byte(k.configuration(n, port, resolv)+opts.Config), 0o600)
+	return os.WriteFile(k.config, []byte(k.configuration(n, port, resolv, cmp.Or(opts.Eviction, noEviction))+opts.Config), 0o600)
 }
+
+// noEviction: whatever else fills this machine must not evict the pods of a test.
+const noEviction = "{memory.available: 20Mi, nodefs.available: 1%, imagefs.available: 1%, nodefs.inodesFree: 1%, imagefs.inodesFree: 1%}"
 
 // configuration is docs/kubelet.md's, with names, ports and limits that keep it
 // apart from everything else on the machine.
-func (k *kubelet) configuration(n *harness.Node, port int, resolv string) string {
+func (k *kubelet) configuration(n *harness.Node, port int, resolv, eviction string) string {
 	return fmt.Sprintf(`apiVersion: kubelet.config.k8s.io/v1beta1
 kind: KubeletConfiguration
 containerRuntimeEndpoint: unix://%s
@@ -181,10 +198,9 @@ oomScoreAdj: 0
 makeIPTablesUtilChains: false
 resolvConf: %s
 clusterDomain: `+clusterDomain+`
-# Whatever else fills this machine must not evict the pods of a test.
-evictionHard: {memory.available: 20Mi, nodefs.available: 1%%, imagefs.available: 1%%, nodefs.inodesFree: 1%%, imagefs.inodesFree: 1%%}
+evictionHard: %s
 crashLoopBackOff: {maxContainerRestartPeriod: 1s}
-`, n.Socket, k.Manifests, k.Logs, k.Dir, port, k.CgroupRoot, resolv)
+`, n.Socket, k.Manifests, k.Logs, k.Dir, port, k.CgroupRoot, resolv, eviction)
 }
 
 func freePort() (int, error) {
@@ -212,6 +228,9 @@ func (k *kubelet) start() error {
 	defer logs.Close()
 	cmd := exec.Command(k.program, "--config", k.config, "--root-dir", k.Root, "--cert-dir", k.Dir+"/pki",
 		"--hostname-override", nodeName, "--v=2")
+	if k.kubeconfig != "" {
+		cmd.Args = append(cmd.Args, "--kubeconfig", k.kubeconfig)
+	}
 	cmd.Stdout, cmd.Stderr = logs, logs
 	cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "HOME=/root"}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}

@@ -125,10 +125,15 @@ var harmless = []*regexp.Regexp{
 	regexp.MustCompile(`"Could not read directory" err="readdirent .* no such file or directory"|"Pod found, but error occurred during checking mounted volumes from disk"`),
 	// kubelet asks on while it takes a container down: the probe's command meets the
 	// container's end.
-	regexp.MustCompile(`"ExecSync cmd from runtime service failed" err="rpc error: code = (FailedPrecondition .* has exited|Unknown .* procReady not received)`),
+	regexp.MustCompile(`"ExecSync cmd from runtime service failed" err="rpc error: code = FailedPrecondition .* has exited`),
 	// kubelet gives up a call: the pod is going, or a client of its own has left.
 	regexp.MustCompile(`err=".*rpc error: code = Canceled desc = context canceled"`),
-	regexp.MustCompile(`"Error proxying data from backend to client" err=".*(broken pipe|connection reset by peer)"`),
+	regexp.MustCompile(`"Error proxying data from (backend to client|client to backend)" err=".*(broken pipe|connection reset by peer|abnormal closure.*)"`),
+	regexp.MustCompile(`"Error on socket receive" err="read tcp .* use of closed network connection"`),
+	// kubelet looks into the cgroup of a pod that it has itself removed.
+	regexp.MustCompile(`"failed to read memory cgroup (config|limits) for the pod" .*no such file or directory"`),
+	// kubelet learns of a mirror pod later than it makes it.
+	regexp.MustCompile(`"Failed creating a mirror pod" err="pods .* already exists"`),
 	// What the tests' own containers do.
 	regexp.MustCompile(`"Error syncing pod, skipping" err="(failed|\[failed) to \\"StartContainer\\" for \\"(flaky|crashing|steady|greedy|fading|sidecar|unsteady)\\" with CrashLoopBackOff`),
 	regexp.MustCompile(`"StartContainer from runtime service failed" .*exec: \\"/no/such/program\\"|"CreateContainer in sandbox from runtime service failed" .*this machine cannot limit`),

@@ -6,7 +6,6 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
-	"runtime"
 	"slices"
 	"strings"
 	"time"
@@ -136,6 +135,8 @@ type Pod struct {
 	Name string
 	k    *Kubelet
 	file string
+	// remove takes away a pod that the API server has, and that has no file.
+	remove func()
 }
 
 // Run drops a manifest of examples/pods into kubelet's directory; the pod goes
@@ -143,18 +144,7 @@ type Pod struct {
 // faster or smaller than a reader; each old one must be there.
 func (k *Kubelet) Run(example string, edits ...string) *Pod {
 	k.t.Helper()
-	_, source, _, _ := runtime.Caller(0)
-	text, err := os.ReadFile(filepath.Join(filepath.Dir(source), "..", "..", "examples", "pods", example+".yaml"))
-	if err != nil {
-		k.t.Fatalf("read example: %v", err)
-	}
-	manifest := string(text)
-	for pair := range slices.Chunk(edits, 2) {
-		if !strings.Contains(manifest, pair[0]) {
-			k.t.Fatalf("example %s has no %q", example, pair[0])
-		}
-		manifest = strings.ReplaceAll(manifest, pair[0], pair[1])
-	}
+	manifest := k.example("pods/"+example, edits...)
 	if !strings.Contains(manifest, "terminationGracePeriodSeconds") {
 		// A shell that is PID 1 ignores SIGTERM; the tests need not wait 30 seconds.
 		manifest = strings.Replace(manifest, "\nspec:\n", "\nspec:\n  terminationGracePeriodSeconds: 1\n", 1)
@@ -190,9 +180,13 @@ func (p *Pod) write(manifest string) {
 	}
 }
 
-// Remove removes the manifest; kubelet then takes the pod down.
+// Remove removes the manifest, or the API server's pod; kubelet then takes the pod down.
 func (p *Pod) Remove() {
 	p.k.t.Helper()
+	if p.remove != nil {
+		p.remove()
+		return
+	}
 	if err := os.Remove(p.file); err != nil && !os.IsNotExist(err) {
 		p.k.t.Errorf("remove manifest: %v", err)
 	}
@@ -201,13 +195,19 @@ func (p *Pod) Remove() {
 func (p *Pod) end() {
 	if p.k.t.Failed() {
 		status, _ := p.status()
-		p.k.t.Logf("pod %v\nkubelet's log:\n%s", status, p.k.tail(25, p.Name+"-"+nodeName))
+		p.k.t.Logf("pod %v\nkubelet's log:\n%s", status, p.k.tail(25, p.FullName()))
 	}
 	p.Remove()
 }
 
-// FullName is the pod's name for kubelet.
-func (p *Pod) FullName() string { return p.Name + "-" + nodeName }
+// FullName is the pod's name for kubelet, which appends the node's to that of a
+// manifest.
+func (p *Pod) FullName() string {
+	if p.remove != nil {
+		return p.Name
+	}
+	return p.Name + "-" + nodeName
+}
 
 func (p *Pod) status() (PodStatus, bool) {
 	for _, s := range p.k.pods() {
