@@ -204,19 +204,39 @@ func (d *parts) examine(ctx context.Context, repair bool) (*diagnosis, error) {
 }
 
 // mend gives back, at the start, what no record knows of what lies in podshim's
-// own directories: what a power cut or a damaged database took the record of.
+// own directories: what a power cut or a damaged database took the record of. What
+// processes are in, such as a plugin that detaches the pod, is looked at again.
 func (d *parts) mend(ctx context.Context) {
 	dr := d.doctor()
-	found, err := dr.Examine(ctx, doctor.Monitored, doctor.Mount, doctor.Snapshot, doctor.Netns, doctor.Directory)
-	if err != nil {
-		if ctx.Err() == nil {
-			d.log.WithError(err).Warn("look for what no record knows")
+	said := map[string]bool{}
+	for pause := time.Second; ; pause = min(2*pause, longestMendPause) {
+		found, err := dr.Examine(ctx, doctor.Monitored, doctor.Mount, doctor.Snapshot, doctor.Netns, doctor.Directory)
+		if err != nil {
+			if ctx.Err() == nil {
+				d.log.WithError(err).Warn("look for what no record knows")
+			}
+			return
 		}
-		return
+		dr.Repair(ctx, found)
+		d.note(slices.DeleteFunc(slices.Clone(found), func(f doctor.Finding) bool {
+			thing := string(f.Kind) + " " + f.Name
+			known := said[thing]
+			said[thing] = !f.Repaired
+			return known && !f.Repaired
+		}))
+		if !slices.ContainsFunc(found, func(f doctor.Finding) bool { return f.InUse }) {
+			return
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(pause):
+		}
 	}
-	dr.Repair(ctx, found)
-	d.note(found)
 }
+
+// longestMendPause is between two looks at what processes of others are in.
+const longestMendPause = 5 * time.Minute
 
 func (d *parts) note(found []doctor.Finding) {
 	for _, f := range found {

@@ -79,6 +79,8 @@ type Finding struct {
 	// Repaired, or Error why it is not, after a repair.
 	Repaired bool   `json:"repaired,omitempty"`
 	Error    string `json:"error,omitempty"`
+	// InUse: only processes that are in it keep it from being put right.
+	InUse bool `json:"in_use,omitempty"`
 
 	// others are IDs that it may belong to as well.
 	others []string
@@ -216,11 +218,11 @@ func (d *Doctor) Examine(ctx context.Context, kinds ...Kind) ([]Finding, error) 
 		f := &found[i]
 		if f.needed(found) {
 			f.repair, f.Remedy = nil, ""
-			f.Hint = "processes are in it: it is left alone until they have ended"
+			f.Hint, f.InUse = "processes are in it: it is left alone until they have ended", true
 		}
 		if after.blind || after.lost[f.ID] || slices.ContainsFunc(f.others, func(id string) bool { return after.lost[id] }) {
 			f.repair, f.Remedy = nil, ""
-			f.Hint = "this may be what a damaged record stood for: it is left alone; see there first"
+			f.Hint, f.InUse = "this may be what a damaged record stood for: it is left alone; see there first", false
 		}
 	}
 	found = append(found, lost(before, after, monitored, d.Hands)...)
