@@ -60,12 +60,14 @@ pulled for them, are explained as well: the running podshim remembers the last c
 type explanation struct {
 	Pod string `json:"pod"`
 	// ID is empty for a pod that could not be made.
-	ID         string               `json:"id,omitempty"`
-	State      string               `json:"state"`
-	Why        string               `json:"why,omitempty"`
-	IPs        []string             `json:"ips,omitempty"`
-	Cgroup     string               `json:"cgroup,omitempty"`
-	Namespaces map[string]string    `json:"namespaces,omitempty"`
+	ID         string            `json:"id,omitempty"`
+	State      string            `json:"state"`
+	Why        string            `json:"why,omitempty"`
+	IPs        []string          `json:"ips,omitempty"`
+	Cgroup     string            `json:"cgroup,omitempty"`
+	Namespaces map[string]string `json:"namespaces,omitempty"`
+	// Node are the kinds of the pod's namespaces that are podshim's own, so the node's.
+	Node       []string             `json:"node,omitempty"`
 	Containers []explained          `json:"containers,omitempty"`
 	Calls      []timeline.Operation `json:"calls,omitempty"`
 }
@@ -147,6 +149,12 @@ func (d *parts) explainPod(r *sandbox.Record, ids []string) explanation {
 		Pod: md.GetNamespace() + "/" + md.GetName(), ID: r.ID, State: string(r.State), Why: r.Reason,
 		Cgroup: r.CgroupParent, Namespaces: namespacesOf(r.Infra),
 	}
+	node := namespaceLinks(os.Getpid())
+	for _, kind := range namespaceKinds {
+		if link := e.Namespaces[kind]; link != "" && link == node[kind] {
+			e.Node = append(e.Node, kind)
+		}
+	}
 	for _, ip := range r.IPs {
 		e.IPs = append(e.IPs, ip.String())
 	}
@@ -180,9 +188,13 @@ func namespacesOf(p monitor.Process) map[string]string {
 	if !p.Alive() {
 		return nil
 	}
+	return namespaceLinks(p.PID)
+}
+
+func namespaceLinks(pid int) map[string]string {
 	found := map[string]string{}
 	for _, kind := range namespaceKinds {
-		if link, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/%s", p.PID, kind)); err == nil {
+		if link, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/%s", pid, kind)); err == nil {
 			found[kind] = link
 		}
 	}
@@ -226,6 +238,7 @@ func (e explanation) write(out io.Writer) error {
 	line("  ", "why", e.Why)
 	line("  ", "IPs", strings.Join(e.IPs, ", "))
 	line("  ", "cgroup", e.Cgroup)
+	line("  ", "namespaces of the node", strings.Join(e.Node, " "))
 	for _, c := range e.Containers {
 		fmt.Fprintf(&b, "  container %s  %s  %s\n", c.Name, c.State, c.ID)
 		line("    ", "why", c.Why)

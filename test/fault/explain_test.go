@@ -15,7 +15,7 @@ import (
 
 type explanation struct {
 	Pod, ID, State, Why string
-	IPs                 []string
+	IPs, Node           []string
 	Containers          []struct {
 		Name, State, Why string
 		Shares, Own      []string
@@ -72,6 +72,13 @@ func TestExplain(t *testing.T) {
 				same := c.Process().Namespace(kind) == p.Infra().Namespace(kind)
 				if slices.Contains(e.Containers[0].Shares, kind) != same || slices.Contains(e.Containers[0].Own, kind) == same {
 					t.Errorf("%s is shared: %v; said to be shared: %v", kind, same, e.Containers[0].Shares)
+				}
+				node, err := os.Readlink("/proc/self/ns/" + kind)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if is := p.Infra().Namespace(kind) == node; slices.Contains(e.Node, kind) != is {
+					t.Errorf("%s of the pod is the node's: %v; said to be: %v", kind, is, e.Node)
 				}
 			}
 			for call, want := range map[string]string{"RunPodSandbox": "network (CNI ADD)", "CreateContainer": "snapshot", "StartContainer": "process (podmon)"} {
