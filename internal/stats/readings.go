@@ -30,7 +30,10 @@ func (r *readings) of(id, path string, read func() (usage, error)) (usage, error
 	one := r.get(id)
 	one.mu.Lock()
 	defer one.mu.Unlock()
-	if one.path == path && !one.at.IsZero() && time.Since(one.at) < fresh {
+	// Without a CPU rate kubelet makes one of two readings, and complains of two
+	// with the same time.
+	rated := one.usage.cpu == nil || one.usage.cpu.UsageNanoCores != nil
+	if rated && one.path == path && !one.at.IsZero() && time.Since(one.at) < fresh {
 		return one.usage, nil
 	}
 	u, err := read()

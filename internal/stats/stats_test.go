@@ -639,10 +639,10 @@ func TestCloseEndsWalks(t *testing.T) {
 // Two callers at a moment share one reading, and a later one gets another.
 func TestReadingsAreShared(t *testing.T) {
 	var r readings
-	reads := 0
+	reads, rate := 0, (*runtime.UInt64Value)(nil)
 	read := func() (usage, error) {
 		reads++
-		return usage{cpu: &runtime.CpuUsage{Timestamp: int64(reads)}}, nil
+		return usage{cpu: &runtime.CpuUsage{Timestamp: int64(reads), UsageNanoCores: rate}}, nil
 	}
 	ask := func(path string) int64 {
 		u, err := r.of("a", path, read)
@@ -651,20 +651,24 @@ func TestReadingsAreShared(t *testing.T) {
 		}
 		return u.cpu.Timestamp
 	}
-	if ask("/a") != 1 || ask("/a") != 1 {
+	if ask("/a") != 1 || ask("/a") != 2 {
+		t.Error("a reading without a CPU rate was shared")
+	}
+	rate = value(1)
+	if ask("/a") != 3 || ask("/a") != 3 {
 		t.Error("the second caller had the files read again")
 	}
-	if ask("/b") != 2 {
+	if ask("/b") != 4 {
 		t.Error("another cgroup got the first one's reading")
 	}
 	r.byID["a"].at = time.Now().Add(-fresh)
-	if ask("/b") != 3 {
+	if ask("/b") != 5 {
 		t.Error("an old reading was given again")
 	}
 	if _, err := r.of("b", "/c", func() (usage, error) { return usage{}, errNoCgroups }); !errors.Is(err, errNoCgroups) {
 		t.Errorf("error %v", err)
 	}
-	if u, err := r.of("b", "/c", read); err != nil || u.cpu.Timestamp != 4 {
+	if u, err := r.of("b", "/c", read); err != nil || u.cpu.Timestamp != 6 {
 		t.Errorf("after an error: %v, %v; want a new reading", u, err)
 	}
 }
