@@ -86,7 +86,7 @@ func (c *Cluster) writeControlPlane(tools string) error {
 	c.server = fmt.Sprintf("https://127.0.0.1:%d", ports[2])
 	// Before the API server knows the node, and after it has ended.
 	c.unreachable = regexp.MustCompile(regexp.QuoteMeta(strings.TrimPrefix(c.server, "https://")) + `.*(connection refused|EOF|connection reset)` +
-		`|Unable to register node|not registered|nodes? \\?"node\\?" not found` +
+		`|Unable to (register node|update node status)|not registered|nodes? \\?"node\\?" not found` +
 		`|namespaces \\?"(default|kube-[a-z-]+)\\?" not found|"Server rejected event .*code = Unavailable`)
 	config := fmt.Sprintf(`apiVersion: v1
 kind: Config
