@@ -14,21 +14,6 @@ import (
 	"github.com/podshim/podshim/test/harness"
 )
 
-// podCgroup makes a cgroup for one pod, as kubelet does, and takes it down again.
-func podCgroup(t *testing.T, n *harness.Node) string {
-	t.Helper()
-	parent := n.PodsCgroup + "/pod" + strings.ReplaceAll(t.Name(), "/", "-")
-	if err := harness.MakeCgroup(parent); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := harness.RemoveCgroup(parent); err != nil {
-			t.Errorf("remove the pod's cgroup: %v", err)
-		}
-	})
-	return parent
-}
-
 // kernelNumber reads a cgroup file that holds one number.
 func kernelNumber(t *testing.T, dir, file string) uint64 {
 	t.Helper()
@@ -83,7 +68,7 @@ func within(t *testing.T, what string, before uint64, got *cri.UInt64Value, afte
 func TestStatsAreTheKernels(t *testing.T) {
 	n := harness.Shared(t)
 	t.Parallel()
-	parent := podCgroup(t, n)
+	parent := n.PodCgroup(t.Name())
 	p := n.RunPod(func(c *cri.PodSandboxConfig) { c.Linux.CgroupParent = parent })
 	c := p.Shell("i=0; while [ $i -lt 300000 ]; do i=$((i+1)); done; echo ready; sleep 100000",
 		resources(&cri.LinuxContainerResources{MemoryLimitInBytes: 64 << 20}))
@@ -228,7 +213,7 @@ func TestStatsFilters(t *testing.T) {
 func TestMetrics(t *testing.T) {
 	n := harness.Shared(t)
 	t.Parallel()
-	parent := podCgroup(t, n)
+	parent := n.PodCgroup(t.Name())
 	p := n.RunPod(func(c *cri.PodSandboxConfig) { c.Linux.CgroupParent = parent })
 	c := p.Shell("dd if=/dev/zero of=/written bs=1M count=8; echo ready; sleep 100000",
 		resources(&cri.LinuxContainerResources{MemoryLimitInBytes: 64 << 20, CpuPeriod: 100000, CpuQuota: 50000}),
@@ -263,7 +248,7 @@ func TestMetrics(t *testing.T) {
 		if i < 0 {
 			t.Fatalf("%s: pod is not among %d", how, len(pods))
 		}
-		checkMetrics(t, how, keys, pods[i], p, c, parent)
+		checkMetrics(t, how, keys, pods[i], p, c, harness.CgroupPath(parent))
 	}
 }
 

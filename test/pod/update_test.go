@@ -102,7 +102,7 @@ func TestUpdateAllFields(t *testing.T) {
 func TestUpdateRefusals(t *testing.T) {
 	n := harness.Shared(t)
 	t.Parallel()
-	parent := podCgroup(t, n)
+	parent := n.PodCgroup(t.Name())
 	p := n.RunPod(func(c *cri.PodSandboxConfig) { c.Linux.CgroupParent = parent })
 	// What dd writes first, it writes with its buffer full; nobody reads the rest.
 	c := p.Shell("dd if=/dev/zero bs=24M count=1 2>/dev/null | { head -c 1 >/dev/null; echo ready; sleep 100000; }",
@@ -168,7 +168,7 @@ func TestUpdateRefusals(t *testing.T) {
 func setPodQuota(t *testing.T, p *harness.Pod, parent string) {
 	t.Helper()
 	dir, err := p.Infra().CgroupDir("cpu")
-	if err != nil || !strings.HasSuffix(filepath.Dir(dir), parent) {
+	if err != nil || !strings.HasSuffix(filepath.Dir(dir), harness.CgroupPath(parent)) {
 		t.Fatalf("infra's cgroup is %s, %v", dir, err)
 	}
 	file, quota := "cpu.cfs_quota_us", "50000"
@@ -320,7 +320,7 @@ func TestPodResourcesOfAClient(t *testing.T) {
 	harness.NeedRoot(t)
 	t.Parallel()
 	n := harness.Start(t, harness.Options{})
-	parent := podCgroup(t, n)
+	parent := n.PodCgroup(t.Name())
 	p := n.RunPod(func(c *cri.PodSandboxConfig) { c.Linux.CgroupParent = parent })
 	before := podLimits(t, p)
 	if _, err := n.Runtime.UpdatePodSandboxResources(n.Context(), &cri.UpdatePodSandboxResourcesRequest{
