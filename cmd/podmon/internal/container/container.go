@@ -355,7 +355,7 @@ func (c *Container) watch() {
 		_ = c.signalInit(unix.SIGKILL)
 	}
 	at := c.awaitEnd()
-	oomKills := c.oomKills()
+	oomKills, counted := c.oomKills()
 	c.mu.Lock()
 	released := c.released
 	c.ending = !released // one podmon settles an exit
@@ -373,7 +373,7 @@ func (c *Container) watch() {
 		return
 	}
 	exit := exitOf(status, known, at)
-	exit.OOMKilled = known && c.killedByOOM(status, oomKills)
+	exit.OOMKilled = known && c.killedByOOM(status, oomKills, counted)
 	exit = c.reapedOnce(exit)
 	cleared := c.clear(lc)
 	if err := save(c.dir, exitFile, exit); err != nil {
@@ -429,12 +429,13 @@ func (c *Container) reap() (syscall.WaitStatus, bool) {
 	return status, ok
 }
 
-func (c *Container) oomKills() uint64 {
+// oomKills reads the cgroup's oom_kill counter, if the cgroup is there still.
+func (c *Container) oomKills() (n uint64, counted bool) {
 	n, err := c.cgroup.OOMKillCount()
 	if err != nil {
 		c.log().WithError(err).Debug("read oom_kill")
 	}
-	return n
+	return n, err == nil
 }
 
 // killLeftovers kills what PID 1 has left behind. All calls together take no
