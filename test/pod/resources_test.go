@@ -177,6 +177,7 @@ func TestStats(t *testing.T) {
 	n, p := start(t)
 	c := p.Shell("i=0; while [ $i -lt 200000 ]; do i=$((i+1)); done; dd if=/dev/zero of=/written bs=1M count=8; echo ready; sleep 100000")
 	c.WaitLog("ready")
+	awaitLayer(t, n, c, 8<<20)
 	process := c.Process()
 	resp, err := n.Runtime.ContainerStats(n.Context(), &cri.ContainerStatsRequest{ContainerId: c.ID})
 	if err != nil {

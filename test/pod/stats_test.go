@@ -8,6 +8,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -116,6 +117,25 @@ func TestStatsAreTheKernels(t *testing.T) {
 	checkInterface(t, process, linux.GetNetwork())
 }
 
+// awaitLayer waits until podshim has measured what a container has written: it keeps a
+// size for ten seconds, and any other test that lists stats may have asked before.
+func awaitLayer(t *testing.T, n *harness.Node, c *harness.Container, bytes uint64) {
+	t.Helper()
+	for end := time.Now().Add(harness.Limit); ; time.Sleep(100 * time.Millisecond) {
+		resp, err := n.Runtime.ContainerStats(n.Context(), &cri.ContainerStatsRequest{ContainerId: c.ID})
+		if err != nil {
+			t.Fatal(err)
+		}
+		got := resp.Stats.GetWritableLayer().GetUsedBytes().GetValue()
+		if got >= bytes {
+			return
+		}
+		if time.Now().After(end) {
+			t.Fatalf("the writable layer has %d bytes, %d were written", got, bytes)
+		}
+	}
+}
+
 func gateway(n *harness.Node) string {
 	return strings.Replace(n.Subnet, ".0/24", ".1", 1)
 }
@@ -219,6 +239,7 @@ func TestMetrics(t *testing.T) {
 		resources(&cri.LinuxContainerResources{MemoryLimitInBytes: 64 << 20, CpuPeriod: 100000, CpuQuota: 50000}),
 		func(c *cri.ContainerConfig) { c.Image.UserSpecifiedImage = "example.test/box:1" })
 	c.WaitLog("ready")
+	awaitLayer(t, n, c, 8<<20)
 	described, err := n.Runtime.ListMetricDescriptors(n.Context(), &cri.ListMetricDescriptorsRequest{})
 	if err != nil {
 		t.Fatal(err)
