@@ -149,6 +149,8 @@ var harmless = []*regexp.Regexp{
 	regexp.MustCompile(`"Skipping pod synchronization" err="\[?container runtime status check may not have completed yet`),
 	regexp.MustCompile(`"Image garbage collection failed once. Stats initialization may not have completed yet"`),
 	regexp.MustCompile(`"Failed to read data from checkpoint" err="checkpoint is not found"`),
+	// A machine without an identity of its own, as a container or a minimal root is.
+	regexp.MustCompile(`Failed to get system UUID: open /etc/machine-id`),
 	// kubelet looks for its own process by a command that is not systemd's.
 	regexp.MustCompile(`"Failed to ensure process in container with oom score" err="failed to find pid namespace of init process"`),
 	// kubelet knows these labels of CRI-O alone; it ignores what it reports.
