@@ -178,22 +178,34 @@ func TestSignalDispositions(t *testing.T) {
 	}
 }
 
+// gated starts a container whose program is not executed before open is called: a
+// StartContainer hook waits.
+func (m *machine) gated(edit func(*specs.Spec)) (id string, open func()) {
+	m.t.Helper()
+	gate := filepath.Join(m.rootfs, "tmp/gate")
+	must(m.t, unix.Mkfifo(gate, 0o600))
+	id = m.id()
+	spec := m.spec(id, "sleep", "1000")
+	edit(spec)
+	spec.Hooks = &specs.Hooks{StartContainer: []specs.Hook{{Path: "/bin/sh", Args: []string{"sh", "-c", "read x < /tmp/gate"}}}}
+	_, err := m.Start(m.t.Context(), monitor.StartRequest{ID: id, Spec: spec, Discard: true})
+	must(m.t, err)
+	w, err := os.OpenFile(gate, os.O_WRONLY, 0) // returns when the hook is there
+	must(m.t, err)
+	return id, func() {
+		_, err := io.WriteString(w, "go\n")
+		must(m.t, err)
+		must(m.t, w.Close())
+	}
+}
+
 // A signal that comes right after the start is not lost in "podmon init", which has
 // still to run hooks and to execute the program.
 func TestSignalBeforeProgram(t *testing.T) {
 	for name, adopted := range map[string]bool{"by the podmon that started it": false, "by another one": true} {
 		t.Run(name, func(t *testing.T) {
 			m := newMachine(t)
-			gate := filepath.Join(m.rootfs, "tmp/gate")
-			must(t, unix.Mkfifo(gate, 0o600))
-			id := m.id()
-			spec := m.spec(id, "sleep", "1000")
-			hostPID(spec) // else the kernel drops what has no handler
-			spec.Hooks = &specs.Hooks{StartContainer: []specs.Hook{{Path: "/bin/sh", Args: []string{"sh", "-c", "read x < /tmp/gate"}}}}
-			_, err := m.Start(t.Context(), monitor.StartRequest{ID: id, Spec: spec, Discard: true})
-			must(t, err)
-			w, err := os.OpenFile(gate, os.O_WRONLY, 0) // returns when the hook is there
-			must(t, err)
+			id, open := m.gated(hostPID) // else the kernel drops what has no handler
 			if adopted {
 				must(t, m.Upgrade(t.Context()))
 			}
@@ -204,14 +216,40 @@ func TestSignalBeforeProgram(t *testing.T) {
 			}
 			signalled := make(chan error, 1)
 			go func() { signalled <- m.Signal(t.Context(), id, unix.SIGUSR1, false) }()
-			_, err = io.WriteString(w, "go\n")
-			must(t, err)
-			must(t, w.Close())
+			open()
 			must(t, <-signalled)
 			if e := m.exit(id); e.Code != 128+int32(unix.SIGUSR1) || !e.Known {
 				t.Errorf("exit %+v", e)
 			}
 		})
+	}
+}
+
+// An exec that comes right after the start, as kubelet's postStart hook does, finds
+// the container's program as PID 1: "podmon init" lets nobody into its /proc.
+func TestExecBeforeProgram(t *testing.T) {
+	m := newMachine(t)
+	id, open := m.gated(func(*specs.Spec) {})
+	write := monitor.ExecRequest{ContainerID: id, Process: process("sh", "-c", "echo hook > /proc/1/fd/1")}
+	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel()
+	if _, err := m.Exec(ctx, write); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("exec before the program is there: %v", err)
+	}
+	type started struct {
+		*monitor.Exec
+		error
+	}
+	execed := make(chan started, 1)
+	go func() {
+		x, err := m.Exec(t.Context(), write)
+		execed <- started{x, err}
+	}()
+	open()
+	x := <-execed
+	must(t, x.error)
+	if e, err := x.Wait(t.Context()); err != nil || e.Code != 0 {
+		t.Errorf("exec: %+v, %v", e, err)
 	}
 }
 

@@ -1,6 +1,7 @@
 package container
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -25,10 +26,13 @@ type Exec struct {
 }
 
 // Exec runs a process in the container's namespaces and cgroup, with the given
-// stdio; nil is /dev/null.
-func (c *Container) Exec(r wire.ExecRequest) (_ *Exec, err error) {
+// stdio; nil is /dev/null. It waits for PID 1's own program.
+func (c *Container) Exec(ctx context.Context, r wire.ExecRequest) (_ *Exec, err error) {
 	if c.hasExited() {
 		return nil, wire.Errorf(wire.ClassPrecondition, "exec: container %s has exited", c.ID)
+	}
+	if err := c.awaitProgram(ctx); err != nil {
+		return nil, fmt.Errorf("exec: %w", err)
 	}
 	process, err := newProcess(r.Process)
 	if err != nil {

@@ -359,7 +359,7 @@ func (ss *session) exec(ctx context.Context, req, answer *wire.Message) (any, er
 		}
 		defer closeAll(*end)
 	}
-	e, err := c.Exec(r)
+	e, err := c.Exec(ctx, r)
 	if err != nil {
 		return nil, err
 	}
