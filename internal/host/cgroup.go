@@ -122,15 +122,16 @@ func (r *reader) swap(mounts []*mountinfo.Info) {
 }
 
 func (r *reader) hugepages(mounts []*mountinfo.Info) {
-	present := controllerMount(mounts, "hugetlb") != ""
+	r.host.Hugetlb = controllerMount(mounts, "hugetlb") != ""
 	if r.host.CgroupV2 {
 		controllers, _ := os.ReadFile(filepath.Join(cgroupRoot, "cgroup.controllers"))
-		present = slices.Contains(strings.Fields(string(controllers)), "hugetlb")
+		r.host.Hugetlb = slices.Contains(strings.Fields(string(controllers)), "hugetlb")
 	}
-	if !present {
-		r.say("HugepageSizes", "none", "the hugetlb controller is missing")
-		return
+	why := "containers' huge pages are limited"
+	if !r.host.Hugetlb {
+		why = "the controller is missing: containers' huge pages are not limited"
 	}
+	r.say("Hugetlb", r.host.Hugetlb, "%s", why)
 	dirs, err := filepath.Glob("/sys/kernel/mm/hugepages/hugepages-*kB")
 	for _, dir := range dirs {
 		if size, ok := pageSize(filepath.Base(dir)); ok {

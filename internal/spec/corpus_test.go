@@ -19,8 +19,8 @@ func testHost() Host {
 			"CAP_SETPCAP", "CAP_SETUID", "CAP_SYS_ADMIN", "CAP_SYS_CHROOT", "CAP_SYS_PTRACE",
 		},
 		Seccomp: true, Swap: true, RRO: true, IDMapMounts: true,
-		HugepageSizes: []string{"2MB"},
-		NofileHard:    1 << 20,
+		HugepageSizes: []string{"2MB"}, Hugetlb: true,
+		NofileHard: 1 << 20,
 		Devices: []specs.LinuxDevice{
 			{Path: "/dev/fuse", Type: "c", Major: 10, Minor: 229},
 			{Path: "/dev/kvm", Type: "c", Major: 10, Minor: 232},

@@ -133,9 +133,10 @@ func keptSwap(limit int64, old *specs.LinuxMemory) int64 {
 	return limit + *old.Swap - *old.Limit
 }
 
-// hugepages merges limits by page size. kubelet sends a zero limit for every
-// page size of the machine, also where the hugetlb controller is missing: there
-// a limit of zero has no one to enforce it, and no one to break it.
+// hugepages merges limits by page size. A size that the machine does not have is
+// refused, unless the limit is zero, which takes nothing away. On a machine without
+// the hugetlb controller nobody keeps a limit, and they are left out (see
+// HugepagesUnlimited): kubelet shares the machine's pages out by what pods request.
 func hugepages(field string, r *runtime.LinuxContainerResources, host Host, old []specs.LinuxHugepageLimit) ([]specs.LinuxHugepageLimit, error) {
 	out := slices.Clone(old)
 	for i, h := range r.GetHugepageLimits() {
@@ -144,10 +145,27 @@ func hugepages(field string, r *runtime.LinuxContainerResources, host Host, old 
 				continue
 			}
 			return nil, unable(fmt.Sprintf("%s.hugepage_limits[%d].page_size", field, i),
-				"this machine cannot limit %q pages (it can: %s)", h.GetPageSize(), strings.Join(host.HugepageSizes, ", "))
+				"this machine has no pages of %q (it has: %s)", h.GetPageSize(), strings.Join(host.HugepageSizes, ", "))
+		}
+		if !host.Hugetlb {
+			continue
 		}
 		out = slices.DeleteFunc(out, func(o specs.LinuxHugepageLimit) bool { return o.Pagesize == h.GetPageSize() })
 		out = append(out, specs.LinuxHugepageLimit{Pagesize: h.GetPageSize(), Limit: h.GetLimit()})
 	}
 	return out, nil
+}
+
+// HugepagesUnlimited are the page sizes whose limits the machine does not keep: it has
+// no hugetlb controller.
+func HugepagesUnlimited(r *runtime.LinuxContainerResources, host Host) (sizes []string) {
+	if host.Hugetlb {
+		return nil
+	}
+	for _, h := range r.GetHugepageLimits() {
+		if h.GetLimit() > 0 {
+			sizes = append(sizes, h.GetPageSize())
+		}
+	}
+	return sizes
 }

@@ -253,7 +253,7 @@ func TestAppArmor(t *testing.T) {
 }
 
 func TestUpdateResources(t *testing.T) {
-	host := Host{Swap: true, CgroupV2: true, HugepageSizes: []string{"2MB", "1GB"}}
+	host := Host{Swap: true, CgroupV2: true, HugepageSizes: []string{"2MB", "1GB"}, Hugetlb: true}
 	type R = runtime.LinuxContainerResources
 	old, err := Resources(&R{
 		CpuShares: 100, CpuQuota: 10000, CpuPeriod: 20000, CpusetCpus: "0", MemoryLimitInBytes: 100, MemorySwapLimitInBytes: 150,
@@ -283,6 +283,33 @@ func TestUpdateResources(t *testing.T) {
 	}
 	if *old.CPU.Shares != 100 || *old.Memory.Limit != 100 || old.HugepageLimits[0].Limit != 1 || len(old.Unified) != 1 {
 		t.Errorf("the old resources were changed: %+v", old)
+	}
+}
+
+func TestHugepages(t *testing.T) {
+	r := &runtime.LinuxContainerResources{HugepageLimits: []*runtime.HugepageLimit{{PageSize: "2MB", Limit: 4 << 20}, {PageSize: "1GB", Limit: 0}}}
+	for _, tc := range []struct {
+		name            string
+		sizes           []string
+		kept, unlimited []string
+	}{
+		{"a machine with both sizes", []string{"2MB", "1GB"}, []string{"2MB", "1GB"}, nil},
+		{"one that has not got what is not asked for", []string{"2MB"}, []string{"2MB"}, nil},
+		{"one without the controller", []string{"2MB", "1GB"}, nil, []string{"2MB"}},
+	} {
+		host := Host{HugepageSizes: tc.sizes, Hugetlb: tc.kept != nil}
+		got, err := Resources(r, host, nil)
+		if err != nil {
+			t.Errorf("%s: %v", tc.name, err)
+			continue
+		}
+		var kept []string
+		for _, h := range got.HugepageLimits {
+			kept = append(kept, h.Pagesize)
+		}
+		if !slices.Equal(kept, tc.kept) || !slices.Equal(HugepagesUnlimited(r, host), tc.unlimited) {
+			t.Errorf("%s: limits of %v, without a limit %v; want %v and %v", tc.name, kept, HugepagesUnlimited(r, host), tc.kept, tc.unlimited)
+		}
 	}
 }
 

@@ -139,9 +139,10 @@ type Host struct {
 	CgroupMountOptions []string
 	// Swap tells whether swap limits can be set.
 	Swap bool
-	// HugepageSizes in the kernel's notation ("2MB"), when the hugetlb
-	// controller is there.
+	// HugepageSizes of the kernel, in its notation ("2MB"); Hugetlb tells whether the
+	// controller that limits them is there.
 	HugepageSizes []string
+	Hugetlb       bool
 	// MinOOMScoreAdj is the lowest value the kernel lets us set.
 	MinOOMScoreAdj int
 	// NofileHard is the highest RLIMIT_NOFILE the kernel lets us set; 0 is unknown.

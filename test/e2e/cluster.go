@@ -15,7 +15,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
-	"runtime"
 	"strings"
 
 	"github.com/podshim/podshim/test/images"
@@ -284,8 +283,7 @@ func (c *Cluster) Apply(example string, edits ...string) *Pod {
 // example reads a file below examples.
 func (k *Kubelet) example(name string, edits ...string) string {
 	k.t.Helper()
-	_, source, _, _ := runtime.Caller(0)
-	text, err := os.ReadFile(filepath.Join(filepath.Dir(source), "..", "..", "examples", name+".yaml"))
+	text, err := os.ReadFile("../../examples/" + name + ".yaml")
 	if err != nil {
 		k.t.Fatalf("read example: %v", err)
 	}

@@ -13,7 +13,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
-	"runtime"
 	"strings"
 	"sync"
 	"syscall"
@@ -25,7 +24,7 @@ import (
 
 // Limit bounds every wait: kubelet's own clocks (probes, back-off, collection once
 // a minute) make some things take that long.
-const Limit = 4 * time.Minute
+var Limit = 4 * harness.Limit
 
 // Kubelet is a kubelet and its podshim as one test sees them.
 type Kubelet struct {
@@ -46,7 +45,7 @@ type kubelet struct {
 	// Manifests is the directory of static pods, Root kubelet's own, Logs that of
 	// container logs; all are below Dir.
 	Dir, Manifests, Root, Logs string
-	// CgroupRoot is the cgroup below which kubelet makes kubepods.
+	// CgroupRoot is the cgroup below which kubelet makes kubepods, as CRI names it.
 	CgroupRoot string
 	// Addr is host:port of the HTTPS endpoints.
 	Addr string
@@ -131,9 +130,7 @@ func find(t TB) string {
 // serveImages puts the images of test/images where the node's podshim pulls them.
 func serveImages(t TB, n *harness.Node) {
 	t.Helper()
-	_, file, _, _ := runtime.Caller(0)
-	dir := filepath.Join(filepath.Dir(file), "..", "..", "_artifacts", "images")
-	set, err := images.Build(context.Background(), dir)
+	set, err := images.Build(context.Background(), "../../_artifacts/images")
 	if err != nil {
 		t.Fatalf("build images: %v", err)
 	}
@@ -179,6 +176,10 @@ const noEviction = "{memory.available: 20Mi, nodefs.available: 1%, imagefs.avail
 // configuration is docs/kubelet.md's, with names, ports and limits that keep it
 // apart from everything else on the machine.
 func (k *kubelet) configuration(n *harness.Node, port int, resolv, eviction string) string {
+	cgroupRoot := k.CgroupRoot
+	if harness.Systemd { // kubelet makes the slice's name of the path: a-b.slice of /a/b
+		cgroupRoot = "/" + strings.ReplaceAll(strings.TrimSuffix(cgroupRoot, ".slice"), "-", "/")
+	}
 	return fmt.Sprintf(`apiVersion: kubelet.config.k8s.io/v1beta1
 kind: KubeletConfiguration
 containerRuntimeEndpoint: unix://%s
@@ -200,7 +201,7 @@ resolvConf: %s
 clusterDomain: `+clusterDomain+`
 evictionHard: %s
 crashLoopBackOff: {maxContainerRestartPeriod: 1s}
-`, n.Socket, k.Manifests, k.Logs, k.Dir, port, k.CgroupRoot, resolv, eviction)
+`, n.Socket, k.Manifests, k.Logs, k.Dir, port, cgroupRoot, resolv, eviction)
 }
 
 func freePort() (int, error) {

@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -37,9 +38,31 @@ func (k *Kubelet) end() {
 	if err := unix.Unmount(k.Root, 0); err != nil && err != unix.EINVAL {
 		k.t.Errorf("unmount kubelet's directory, which must hold no mount now: %v", err)
 	}
-	if err := harness.RemoveCgroup(k.CgroupRoot + "/kubepods"); err != nil {
+	if err := harness.RemoveCgroup(k.cgroup("kubepods")); err != nil {
 		k.t.Errorf("remove kubelet's cgroups, which must be empty now: %v", err)
 	}
+}
+
+// cgroup names a cgroup of kubelet's below its root as CRI does: a path, or a slice
+// with the systemd driver.
+func (k *kubelet) cgroup(names ...string) string {
+	if !harness.Systemd {
+		return filepath.Join(append([]string{k.CgroupRoot}, names...)...)
+	}
+	slice := strings.TrimSuffix(k.CgroupRoot, ".slice")
+	for _, name := range names {
+		slice += "-" + strings.ReplaceAll(name, "-", "_")
+	}
+	return slice + ".slice"
+}
+
+// podCgroup names the cgroup that kubelet makes for a pod.
+func (k *kubelet) podCgroup(status PodStatus) string {
+	names := []string{"kubepods", strings.ToLower(status.Status.QOSClass), "pod" + status.Metadata.UID}
+	if names[1] == "guaranteed" {
+		names = slices.Delete(names, 1, 2)
+	}
+	return k.cgroup(names...)
 }
 
 // podDirs lists kubelet's directories of pods.
@@ -136,9 +159,9 @@ var harmless = []*regexp.Regexp{
 	regexp.MustCompile(`"Failed creating a mirror pod" err="pods .* already exists"`),
 	// What the tests' own containers do.
 	regexp.MustCompile(`"Error syncing pod, skipping" err="(failed|\[failed) to \\"StartContainer\\" for \\"(flaky|crashing|steady|greedy|fading|sidecar|unsteady)\\" with CrashLoopBackOff`),
-	regexp.MustCompile(`"StartContainer from runtime service failed" .*exec: \\"/no/such/program\\"|"CreateContainer in sandbox from runtime service failed" .*this machine cannot limit`),
-	regexp.MustCompile(`"Unhandled Error" err="container (missing|huge) start failed`),
-	regexp.MustCompile(`"Error syncing pod, skipping" err="failed to \\"StartContainer\\" for \\"(missing|huge)\\" with (RunContainerError|CreateContainerError)`),
+	regexp.MustCompile(`"StartContainer from runtime service failed" .*exec: \\"/no/such/program\\"`),
+	regexp.MustCompile(`"Unhandled Error" err="container missing start failed`),
+	regexp.MustCompile(`"Error syncing pod, skipping" err="failed to \\"StartContainer\\" for \\"missing\\" with RunContainerError`),
 	// A machine that is too busy: a probe of a second, and kubelet's own rounds.
 	regexp.MustCompile(`"ExecSync cmd from runtime service failed" err="rpc error: code = DeadlineExceeded .*cmd=\["cat",`),
 	regexp.MustCompile(`"Housekeeping took longer than expected"`),

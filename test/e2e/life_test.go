@@ -204,7 +204,12 @@ func TestRemoval(t *testing.T) {
 func (k *Kubelet) state() []string {
 	k.t.Helper()
 	return slices.DeleteFunc(k.Node.State(), func(line string) bool {
-		return strings.HasSuffix(line, "/kubepods") || strings.HasSuffix(line, "/besteffort") || strings.HasSuffix(line, "/burstable")
+		for _, class := range [][]string{{"kubepods"}, {"kubepods", "besteffort"}, {"kubepods", "burstable"}} {
+			if strings.HasSuffix(line, harness.CgroupPath(k.cgroup(class...))) {
+				return true
+			}
+		}
+		return false
 	})
 }
 

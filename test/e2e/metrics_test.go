@@ -114,7 +114,7 @@ func TestMetricsAreCAdvisors(t *testing.T) {
 	}
 	done := time.Now()
 	id, infra, bounded := status.Container("greedy").ID(), p.Sandbox(), p.Process("bounded")
-	cgroup := p.k.CgroupRoot + "/kubepods/burstable/pod" + status.Metadata.UID
+	cgroup := harness.CgroupPath(k.podCgroup(status))
 	var theirs map[string][]series
 	if !k.ask(func() bool { // cAdvisor looks at a container every ten seconds
 		theirs = k.scrape(t)

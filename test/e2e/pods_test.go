@@ -14,10 +14,10 @@ import (
 // TestMain has the pods of a kubelet run side by side whatever the number of CPUs:
 // most of a test's time is waiting. All at once would make each wait for the others.
 func TestMain(m *testing.M) {
+	parallel := flag.Lookup("test.parallel")
+	parallel.DefValue = "12"
+	_ = parallel.Value.Set(parallel.DefValue)
 	flag.Parse()
-	if err := flag.Set("test.parallel", "12"); err != nil {
-		panic(err)
-	}
 	restore := keepSysctls()
 	code := m.Run()
 	restore()
