@@ -221,9 +221,10 @@ func (m *Manager) build(ctx context.Context, c *Container, pod spec.Pod, handler
 		Devices:      devices,
 		TargetPID:    target.namespace(),
 		ProcessLabel: processLabel, MountLabel: mountLabel,
-		ReadSeccomp: host.ReadSeccomp,
-		Host:        m.Host,
-		Handler:     h,
+		ReadSeccomp:    host.ReadSeccomp,
+		LoadedAppArmor: host.LoadedAppArmor,
+		Host:           m.Host,
+		Handler:        h,
 	})
 	if err != nil {
 		return err

@@ -113,7 +113,9 @@ func (r *reader) security() {
 	enabled, err := os.ReadFile("/sys/module/apparmor/parameters/enabled")
 	on := err == nil && strings.HasPrefix(string(enabled), "Y")
 	if on {
-		_, err = os.Stat("/sys/kernel/security/apparmor")
+		if _, err = os.Stat("/sys/kernel/security/apparmor"); err == nil {
+			err = hasAppArmorParser()
+		}
 	}
 	r.host.AppArmor = on && err == nil
 	r.say("AppArmor", r.host.AppArmor, "%s", because(err, "/sys/module/apparmor/parameters/enabled is "+strings.TrimSpace(string(enabled))))

@@ -13,21 +13,36 @@ import (
 
 // Mount makes target (mode 0755, which the caller's parent directory keeps
 // private) and mounts a snapshot on it. All its files have the SELinux label, where
-// one is given; on an overlay, which is all that can have one, since a bind mount
-// shows the labels that are there.
+// one is given. A bind mount shows the labels that are there, so that the view of an
+// image of one layer becomes an overlay of it and of the empty target.
 func Mount(mounts []mount.Mount, target, label string) error {
 	if err := os.MkdirAll(target, 0o755); err != nil {
 		return fmt.Errorf("make mount point: %w", err)
 	}
 	for _, m := range mounts {
-		if label != "" && m.Type == "overlay" {
-			m.Options = append(slices.Clone(m.Options), fmt.Sprintf("context=%q", label))
+		if label != "" {
+			m = labelled(m, target, label)
 		}
 		if err := mountOne(m, target); err != nil {
 			return errors.Join(fmt.Errorf("mount snapshot on %s: %w", target, err), Unmount(target))
 		}
 	}
 	return nil
+}
+
+// labelled is m with an SELinux label for all its files. Of bind mounts only
+// read-only ones can have it, which is what snapshots are bind mounted as.
+func labelled(m mount.Mount, target, label string) mount.Mount {
+	options := slices.Clone(m.Options)
+	if m.Type == "bind" && m.ReadOnly() {
+		options = slices.DeleteFunc(options, func(o string) bool { return o == "ro" || o == "bind" || o == "rbind" })
+		options = append(options, fmt.Sprintf("lowerdir=%s:%s", m.Source, target))
+		m.Type, m.Source = "overlay", "overlay"
+	}
+	if m.Type == "overlay" {
+		m.Options = append(options, fmt.Sprintf("context=%q", label))
+	}
+	return m
 }
 
 // mountOne mounts m. Of a read-only bind mount (the view of an image of one

@@ -40,11 +40,14 @@ func NewEmbeddedInfra(dir string) (*EmbeddedInfra, error) {
 	if err != nil {
 		return nil, fmt.Errorf("install pause: %w", err)
 	}
+	if err := Relabel(root, sharedLabel()); err != nil {
+		return nil, err
+	}
 	return &EmbeddedInfra{root}, nil
 }
 
 // Acquire returns the one root there is.
-func (e *EmbeddedInfra) Acquire(context.Context, string, []specs.LinuxIDMapping, []specs.LinuxIDMapping) (InfraImage, error) {
+func (e *EmbeddedInfra) Acquire(context.Context, string, string, []specs.LinuxIDMapping, []specs.LinuxIDMapping) (InfraImage, error) {
 	return InfraImage{Rootfs: e.root, Mounts: infra.Mounts(e.root)}, nil
 }
 
@@ -71,8 +74,9 @@ func (i *ImageInfra) dir(id string) string  { return filepath.Join(i.Dir, id) }
 func (i *ImageInfra) path(id string) string { return filepath.Join(i.dir(id), "rootfs") }
 func (i *ImageInfra) key(id string) string  { return "infra-" + id }
 
-// Acquire pulls the image if it is not there, and mounts a snapshot of it.
-func (i *ImageInfra) Acquire(ctx context.Context, id string, uids, gids []specs.LinuxIDMapping) (InfraImage, error) {
+// Acquire pulls the image if it is not there, and mounts a snapshot of it with the
+// pod's SELinux label.
+func (i *ImageInfra) Acquire(ctx context.Context, id, label string, uids, gids []specs.LinuxIDMapping) (InfraImage, error) {
 	img, err := i.Images.Get(i.Ref)
 	if errdefs.IsNotFound(err) {
 		if _, err = i.Images.Pull(ctx, i.Ref, nil); err == nil {
@@ -93,7 +97,7 @@ func (i *ImageInfra) Acquire(ctx context.Context, id string, uids, gids []specs.
 	if err := host.PrivateDir(i.dir(id), gids); err != nil {
 		return InfraImage{}, fmt.Errorf("make infra directory: %w", err)
 	}
-	if err := image.Mount(mounts, i.path(id), ""); err != nil {
+	if err := image.Mount(mounts, i.path(id), label); err != nil {
 		return InfraImage{}, err
 	}
 	user, err := rootfs.LookupUser(i.path(id), rootfs.UserRequest{Image: img.Config.User})

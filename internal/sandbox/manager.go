@@ -32,9 +32,10 @@ type Network interface {
 
 // InfraRoot gives infra containers their root filesystem.
 type InfraRoot interface {
-	// Acquire returns the root filesystem of the sandbox's infra container, and
-	// the config of its image (nil: the embedded pause).
-	Acquire(ctx context.Context, sandboxID string, uids, gids []specs.LinuxIDMapping) (InfraImage, error)
+	// Acquire returns the root filesystem of the sandbox's infra container, with
+	// the pod's SELinux mount label or one that all pods may read, and the config
+	// of its image (nil: the embedded pause).
+	Acquire(ctx context.Context, sandboxID, label string, uids, gids []specs.LinuxIDMapping) (InfraImage, error)
 	// Release gives it back; it may be called without Acquire, and again.
 	Release(ctx context.Context, sandboxID string) error
 }

@@ -190,20 +190,21 @@ func (m *Manager) startInfra(ctx context.Context, r *Record) (monitor.Process, e
 		return monitor.Process{}, fmt.Errorf("runtime handler %q is not configured any more: %w", r.Handler, errdefs.ErrFailedPrecondition)
 	}
 	uids, gids := spec.IDMappings(r.Config)
-	image, err := m.Infra.Acquire(ctx, r.ID, uids, gids)
+	image, err := m.Infra.Acquire(ctx, r.ID, r.MountLabel, uids, gids)
 	if err != nil {
 		return monitor.Process{}, fmt.Errorf("infra container's root: %w", err)
 	}
 	oci, err := spec.ForInfra(spec.Infra{
-		Pod:         m.specPod(r),
-		Rootfs:      image.Rootfs,
-		Image:       image.Config,
-		ImageName:   image.Name,
-		User:        image.User,
-		Mounts:      image.Mounts,
-		ReadSeccomp: host.ReadSeccomp,
-		Host:        m.Host,
-		Handler:     handler,
+		Pod:            m.specPod(r),
+		Rootfs:         image.Rootfs,
+		Image:          image.Config,
+		ImageName:      image.Name,
+		User:           image.User,
+		Mounts:         image.Mounts,
+		ReadSeccomp:    host.ReadSeccomp,
+		LoadedAppArmor: host.LoadedAppArmor,
+		Host:           m.Host,
+		Handler:        handler,
 	})
 	if err != nil {
 		return monitor.Process{}, fmt.Errorf("describe infra container: %w", err)

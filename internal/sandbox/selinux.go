@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 
+	"github.com/containerd/errdefs"
 	"github.com/opencontainers/selinux/go-selinux"
 	"github.com/opencontainers/selinux/go-selinux/label"
 	"golang.org/x/sys/unix"
@@ -23,6 +24,11 @@ func Labels(o *runtime.SELinuxOption, podLabel string) (process, mount string, e
 	options, err := labelOptions(o, podLabel)
 	if err == nil {
 		process, mount, err = label.InitLabels(options)
+	}
+	for _, l := range []string{process, mount} {
+		if err == nil && l != "" && selinux.SecurityCheckContext(l) != nil {
+			err = fmt.Errorf("the SELinux policy of this machine has no %s: %w", l, errdefs.ErrFailedPrecondition)
+		}
 	}
 	if err != nil {
 		return "", "", fmt.Errorf("linux.security_context.selinux_options: %w", err)
@@ -58,6 +64,14 @@ func Relabel(path, mountLabel string) error {
 		return fmt.Errorf("give %s the SELinux label %s: %w", path, mountLabel, err)
 	}
 	return nil
+}
+
+// sharedLabel is the policy's label of what every pod may read and run, and none
+// may write; "" where SELinux is off.
+func sharedLabel() string {
+	process, _ := selinux.ContainerLabels() // reads the labels, and takes a level that is not needed
+	selinux.ReleaseLabel(process)
+	return selinux.ROFileLabel()
 }
 
 // reserveLabels keeps every other pod from getting the labels of this one.

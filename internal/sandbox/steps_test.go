@@ -116,7 +116,7 @@ func (w *world) Del(ctx context.Context, p cni.Pod) error {
 	return ctx.Err()
 }
 
-func (w *world) Acquire(_ context.Context, id string, _, _ []specs.LinuxIDMapping) (InfraImage, error) {
+func (w *world) Acquire(_ context.Context, id, _ string, _, _ []specs.LinuxIDMapping) (InfraImage, error) {
 	w.note(func() { w.roots[id] = true })
 	return InfraImage{Rootfs: "/"}, w.step()
 }

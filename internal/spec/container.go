@@ -76,7 +76,7 @@ func containerProcess(c Container) (*specs.Process, error) {
 	if err != nil {
 		return nil, err
 	}
-	apparmor, err := containerAppArmor(sc, c.Handler, c.Host)
+	apparmor, err := containerAppArmor(sc, c.LoadedAppArmor, c.Host)
 	if err != nil {
 		return nil, err
 	}

@@ -1,9 +1,11 @@
 package spec
 
 import (
+	"fmt"
 	"os"
 	"testing"
 
+	"github.com/containerd/errdefs"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/opencontainers/runtime-spec/specs-go"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -68,8 +70,16 @@ func testContainer() Container {
 		User:   specs.User{UID: 1000, GID: 1000, AdditionalGids: []uint32{50000}},
 		Home:   "/home/app",
 		Host:   testHost(), Handler: testHandler(),
-		ReadSeccomp: os.ReadFile,
+		ReadSeccomp: os.ReadFile, LoadedAppArmor: loaded,
 	}
+}
+
+// loaded is a machine with one AppArmor profile of the operator's.
+func loaded(profile string) error {
+	if profile != DefaultAppArmor && profile != "mine" {
+		return fmt.Errorf("profile %q: %w", profile, errdefs.ErrFailedPrecondition)
+	}
+	return nil
 }
 
 // security is the container's security context, there to be edited.
@@ -258,7 +268,7 @@ var infraCorpus = []infraCase{
 func testInfra() Infra {
 	p := testPod()
 	p.IPC, p.UTS = "", "" // the infra container makes them
-	return Infra{Pod: p, Rootfs: "/run/podshim/infra", Host: testHost(), Handler: testHandler(), ReadSeccomp: os.ReadFile}
+	return Infra{Pod: p, Rootfs: "/run/podshim/infra", Host: testHost(), Handler: testHandler(), ReadSeccomp: os.ReadFile, LoadedAppArmor: loaded}
 }
 
 // built is a corpus case's spec.

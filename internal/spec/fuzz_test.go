@@ -58,7 +58,7 @@ func FuzzForContainer(f *testing.F) {
 		podErr := ValidatePod(c.Pod.Config)
 		i := testInfra()
 		i.Pod.Config = c.Pod.Config
-		i.ReadSeccomp = c.ReadSeccomp
+		i.ReadSeccomp, i.LoadedAppArmor = c.ReadSeccomp, c.LoadedAppArmor
 		if _, err := ForInfra(i); err == nil && podErr != nil {
 			t.Errorf("infra described, but invalid: %v", podErr)
 		} else if err != nil && podErr == nil && errors.Is(err, errdefs.ErrInvalidArgument) {

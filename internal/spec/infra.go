@@ -97,7 +97,7 @@ func infraProcess(i Infra) (*specs.Process, error) {
 		}
 		cwd = processCwd(&runtime.ContainerConfig{}, *i.Image)
 	}
-	apparmor, err := infraAppArmor(sc, i.Handler, i.Host)
+	apparmor, err := infraAppArmor(sc, i.LoadedAppArmor, i.Host)
 	if err != nil {
 		return nil, err
 	}
@@ -117,13 +117,13 @@ func infraProcess(i Infra) (*specs.Process, error) {
 
 // infraAppArmor follows a profile the sandbox names; without one the infra
 // container, which does nothing, is confined by nothing.
-func infraAppArmor(sc *runtime.LinuxSandboxSecurityContext, h Handler, host Host) (string, error) {
+func infraAppArmor(sc *runtime.LinuxSandboxSecurityContext, loaded func(string) error, host Host) (string, error) {
 	if sc.GetApparmor() == nil {
 		return "", nil
 	}
 	return containerAppArmor(&runtime.LinuxContainerSecurityContext{
 		Apparmor: sc.GetApparmor(), Privileged: sc.GetPrivileged(),
-	}, h, host)
+	}, loaded, host)
 }
 
 // infraUser is the user the pod's security context gives to sandbox processes.

@@ -230,22 +230,22 @@ func TestAppArmor(t *testing.T) {
 		return &runtime.SecurityProfile{ProfileType: kind, LocalhostRef: ref}
 	}
 	for _, tc := range []struct {
-		name    string
-		sc      *runtime.LinuxContainerSecurityContext
-		handler string
-		host    Host
-		want    string
+		name string
+		sc   *runtime.LinuxContainerSecurityContext
+		host Host
+		want string
 	}{
-		{"unset, off", &runtime.LinuxContainerSecurityContext{}, "p", Host{}, ""},
-		{"unset, on", &runtime.LinuxContainerSecurityContext{}, "p", on, "p"},
-		{"unset, none loaded", &runtime.LinuxContainerSecurityContext{}, "", on, ""},
-		{"default", &runtime.LinuxContainerSecurityContext{Apparmor: profile(0, "")}, "p", on, "p"},
-		{"default, privileged", &runtime.LinuxContainerSecurityContext{Apparmor: profile(0, ""), Privileged: true}, "p", on, ""},
-		{"unconfined, off", &runtime.LinuxContainerSecurityContext{Apparmor: profile(runtime.SecurityProfile_Unconfined, "")}, "p", Host{}, ""},
-		{"localhost", &runtime.LinuxContainerSecurityContext{Apparmor: profile(runtime.SecurityProfile_Localhost, "localhost/mine")}, "p", on, "mine"},
-		{"deprecated", &runtime.LinuxContainerSecurityContext{ApparmorProfile: "unconfined"}, "p", on, ""},
+		{"unset, off", &runtime.LinuxContainerSecurityContext{}, Host{}, ""},
+		{"unset, on", &runtime.LinuxContainerSecurityContext{}, on, DefaultAppArmor},
+		{"unset, privileged", &runtime.LinuxContainerSecurityContext{Privileged: true}, on, ""},
+		{"default", &runtime.LinuxContainerSecurityContext{Apparmor: profile(0, "")}, on, DefaultAppArmor},
+		{"default, privileged", &runtime.LinuxContainerSecurityContext{Apparmor: profile(0, ""), Privileged: true}, on, ""},
+		{"unconfined, off", &runtime.LinuxContainerSecurityContext{Apparmor: profile(runtime.SecurityProfile_Unconfined, "")}, Host{}, ""},
+		{"localhost", &runtime.LinuxContainerSecurityContext{Apparmor: profile(runtime.SecurityProfile_Localhost, "localhost/mine")}, on, "mine"},
+		{"localhost, privileged", &runtime.LinuxContainerSecurityContext{Apparmor: profile(runtime.SecurityProfile_Localhost, "mine"), Privileged: true}, on, "mine"},
+		{"deprecated", &runtime.LinuxContainerSecurityContext{ApparmorProfile: "unconfined"}, on, ""},
 	} {
-		got, err := containerAppArmor(tc.sc, Handler{AppArmorProfile: tc.handler}, tc.host)
+		got, err := containerAppArmor(tc.sc, loaded, tc.host)
 		if err != nil || got != tc.want {
 			t.Errorf("%s: %q, %v, want %q", tc.name, got, err, tc.want)
 		}

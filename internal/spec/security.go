@@ -128,10 +128,14 @@ func localSeccomp(r seccompRequest, ref string) (*specs.LinuxSeccomp, error) {
 	return profile, nil
 }
 
-// containerAppArmor is the name of the profile to change to on exec; empty is
-// none. An unset profile means the handler's, where there is one. Asking by
-// name for AppArmor on a machine without it is an error, whoever is privileged.
-func containerAppArmor(sc *runtime.LinuxContainerSecurityContext, h Handler, host Host) (string, error) {
+// DefaultAppArmor is the profile that RuntimeDefault means.
+const DefaultAppArmor = "podshim-default"
+
+// containerAppArmor is the name of the profile to change to on exec, which is
+// loaded; empty is none. An unset profile means the default one, where AppArmor
+// is on. Asking by name for AppArmor on a machine without it is an error, whoever
+// is privileged.
+func containerAppArmor(sc *runtime.LinuxContainerSecurityContext, loaded func(string) error, host Host) (string, error) {
 	const field = "linux.security_context.apparmor"
 	p := sc.GetApparmor()
 	if p == nil {
@@ -147,13 +151,16 @@ func containerAppArmor(sc *runtime.LinuxContainerSecurityContext, h Handler, hos
 	case !host.AppArmor && p == nil:
 		return "", nil
 	case !host.AppArmor:
-		return "", unable(field, "AppArmor is not enabled on this machine")
-	case p.GetProfileType() == runtime.SecurityProfile_Localhost:
-		return strings.TrimPrefix(p.GetLocalhostRef(), profileLocalhost), nil
-	case sc.GetPrivileged():
+		return "", unable(field, "AppArmor is not enabled on this machine; `podshim check` says why")
+	case sc.GetPrivileged() && p.GetProfileType() == runtime.SecurityProfile_RuntimeDefault:
 		return "", nil
-	case p != nil && h.AppArmorProfile == "":
-		return "", unable(field, "the runtime's default profile is not loaded")
 	}
-	return h.AppArmorProfile, nil
+	profile := DefaultAppArmor
+	if p.GetProfileType() == runtime.SecurityProfile_Localhost {
+		profile = strings.TrimPrefix(p.GetLocalhostRef(), profileLocalhost)
+	}
+	if err := loaded(profile); err != nil {
+		return "", fmt.Errorf("%s: %w", field, err)
+	}
+	return profile, nil
 }

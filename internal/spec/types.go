@@ -83,8 +83,11 @@ type Container struct {
 	ProcessLabel, MountLabel string
 	// ReadSeccomp reads a Localhost seccomp profile; nil refuses them.
 	ReadSeccomp func(path string) ([]byte, error)
-	Host        Host
-	Handler     Handler
+	// LoadedAppArmor returns nil when the kernel has the AppArmor profile, which
+	// for DefaultAppArmor it sees to.
+	LoadedAppArmor func(profile string) error
+	Host           Host
+	Handler        Handler
 }
 
 // Source is what a host path turned out to be.
@@ -119,8 +122,11 @@ type Infra struct {
 	Mounts []specs.Mount
 	// ReadSeccomp reads a Localhost seccomp profile; nil refuses them.
 	ReadSeccomp func(path string) ([]byte, error)
-	Host        Host
-	Handler     Handler
+	// LoadedAppArmor returns nil when the kernel has the AppArmor profile, which
+	// for DefaultAppArmor it sees to.
+	LoadedAppArmor func(profile string) error
+	Host           Host
+	Handler        Handler
 }
 
 // Host is what this machine allows; read once at start (package host).
@@ -129,7 +135,8 @@ type Host struct {
 	Hostname string
 	// Capabilities the runtime itself has (its bounding set), "CAP_..." names.
 	Capabilities []string
-	// Seccomp and AppArmor tell whether the kernel has them (and AppArmor is on).
+	// Seccomp and AppArmor tell whether the kernel has them (and AppArmor is on,
+	// with its user space).
 	Seccomp, AppArmor, SELinux bool
 	// CgroupV2 is the unified hierarchy; SystemdCgroup the driver.
 	CgroupV2, SystemdCgroup bool
@@ -178,9 +185,6 @@ type Handler struct {
 	// UnsetSeccomp is what a container with no profile in its config gets; nil
 	// is Unconfined, as the CRI says of an empty profile.
 	UnsetSeccomp *runtime.SecurityProfile
-	// AppArmorProfile is the loaded profile that RuntimeDefault means; empty
-	// is none, and then an explicit RuntimeDefault is refused.
-	AppArmorProfile string
 	// PrivilegedWithoutHostDevices keeps the host's devices out of privileged
 	// containers; their cgroup allows all devices nevertheless.
 	PrivilegedWithoutHostDevices bool

@@ -228,7 +228,7 @@ func TestMachineRefuses(t *testing.T) {
 		{sc + ".apparmor", errdefs.ErrFailedPrecondition, func(c *Container) { c.security().Apparmor = &runtime.SecurityProfile{} }},
 		{sc + ".apparmor", errdefs.ErrFailedPrecondition, func(c *Container) {
 			c.Host.AppArmor = true
-			c.security().Apparmor = &runtime.SecurityProfile{}
+			c.security().Apparmor = &runtime.SecurityProfile{ProfileType: runtime.SecurityProfile_Localhost, LocalhostRef: "not-there"}
 		}},
 		{sc + ".namespace_options.target_id", errdefs.ErrInvalidArgument, func(c *Container) {
 			c.security().NamespaceOptions = &runtime.NamespaceOption{Pid: runtime.NamespaceMode_TARGET, TargetId: "x"}

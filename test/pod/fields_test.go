@@ -404,34 +404,6 @@ func TestDeprecatedFields(t *testing.T) {
 	seccomp(func(s *cri.LinuxContainerSecurityContext) { s.ApparmorProfile = "unconfined" }) //nolint:staticcheck // what is tested
 }
 
-// A profile that the kernel cannot enforce is refused by name, not left out.
-func TestAppArmorIsEnforcedOrRefused(t *testing.T) {
-	n, p := start(t)
-	if _, err := os.Stat("/sys/kernel/security/apparmor"); err == nil {
-		t.Skip("SKIPPED: this machine has AppArmor")
-	}
-	for name, edit := range map[string]func(*cri.LinuxContainerSecurityContext){
-		"localhost": func(s *cri.LinuxContainerSecurityContext) {
-			s.Apparmor = &cri.SecurityProfile{ProfileType: cri.SecurityProfile_Localhost, LocalhostRef: "mine"}
-		},
-		"default":    func(s *cri.LinuxContainerSecurityContext) { s.Apparmor = &cri.SecurityProfile{} },
-		"deprecated": func(s *cri.LinuxContainerSecurityContext) { s.ApparmorProfile = "localhost/mine" }, //nolint:staticcheck // what is tested
-	} {
-		t.Run(name, func(t *testing.T) {
-			_, err := n.Runtime.CreateContainer(n.Context(), &cri.CreateContainerRequest{
-				PodSandboxId: p.ID, Config: p.ContainerConfig(sleeper, security(edit)), SandboxConfig: p.Config})
-			checkCode(t, err, notNow, "AppArmor is not enabled")
-		})
-	}
-	conf := n.PodConfig(func(c *cri.PodSandboxConfig) { c.Linux.SecurityContext.Apparmor = &cri.SecurityProfile{} })
-	_, err := n.Runtime.RunPodSandbox(n.Context(), &cri.RunPodSandboxRequest{Config: conf})
-	checkCode(t, err, notNow, "AppArmor is not enabled")
-	c := p.Run(sleeper, security(func(s *cri.LinuxContainerSecurityContext) {
-		s.Apparmor = &cri.SecurityProfile{ProfileType: cri.SecurityProfile_Unconfined}
-	}))
-	c.WaitLog("ready")
-}
-
 // Capabilities of a user who is not root come by the ambient set only.
 func TestAmbientCapabilities(t *testing.T) {
 	_, p := start(t)
@@ -448,23 +420,6 @@ func TestAmbientCapabilities(t *testing.T) {
 			t.Errorf("%s is %x, want %x (%v)", set, got, want, err)
 		}
 	}
-}
-
-// SELinux options have no effect where SELinux is off, as Kubernetes has it: pods
-// that name them run on every node.
-func TestSELinuxOptions(t *testing.T) {
-	if _, err := os.Stat("/sys/fs/selinux/enforce"); err == nil {
-		t.Skip("SKIPPED: SELinux is on")
-	}
-	options := &cri.SELinuxOption{User: "system_u", Role: "system_r", Type: "spc_t", Level: "s0:c1,c2"}
-	n, p := start(t, func(c *cri.PodSandboxConfig) { c.Linux.SecurityContext.SelinuxOptions = options })
-	c := p.Run(sleeper, security(func(s *cri.LinuxContainerSecurityContext) { s.SelinuxOptions = options }),
-		mounts(&cri.Mount{HostPath: n.Volumes, ContainerPath: "/volumes", SelinuxRelabel: true}))
-	c.WaitLog("ready")
-	_, err := n.Runtime.CreateContainer(n.Context(), &cri.CreateContainerRequest{
-		PodSandboxId: p.ID, SandboxConfig: p.Config, Config: p.ContainerConfig(sleeper,
-			security(func(s *cri.LinuxContainerSecurityContext) { s.SelinuxOptions = &cri.SELinuxOption{Type: "a:b"} }))})
-	checkCode(t, err, invalid, "selinux_options.type")
 }
 
 // What infra is made as: the user, groups and root file system of the sandbox's

@@ -15,6 +15,7 @@
 //	retry_test.go      repeated and retried calls
 //	userns_test.go     P2: the pod's user namespace
 //	fields_test.go     fields of the configs that no other file is about
+//	lsm_test.go        AppArmor profiles and SELinux labels, or that they are refused
 //	list_test.go       lists and streams of any length
 //	events_test.go     GetContainerEvents
 //	node_test.go       readiness, handlers, what crictl shows

@@ -1,15 +1,21 @@
 #!/bin/sh
-# disk.sh DIR: makes the virtual machine's kernel, initrd and system disk in
-# DIR from Debian's packages, once. About 400 MB; nothing of it is ever run on
-# this machine but what debootstrap runs in its chroot.
+# disk.sh DIR [selinux]: makes the virtual machine's kernel, initrd and system
+# disk in DIR from Debian's packages, once; with selinux, with Debian's default
+# policy and every file labelled by it. About 400 MB; nothing of it is ever run
+# on this machine but what debootstrap and setfiles run in its chroot.
 set -eu
-dir=$1
+dir=$1 lsm=${2:-apparmor}
+case $lsm in
+apparmor) packages=apparmor ;;
+selinux) packages=selinux-policy-default,policycoreutils,selinux-utils ;;
+*) echo "disk.sh: no packages are known for LSM=$lsm; there are apparmor and selinux" >&2; exit 2 ;;
+esac
 [ -e "$dir/system.ext4" ] && exit 0
 mkdir -p "$dir"
 work=$(mktemp -d "$dir/work-XXXXXX")
 trap 'rm -rf --one-file-system "$work"' EXIT
 
-debootstrap --variant=minbase --include=systemd,systemd-sysv,udev,dbus,iptables,nftables,iproute2,busybox,apparmor,linux-image-cloud-amd64,initramfs-tools,kmod,procps,ca-certificates,mount \
+debootstrap --variant=minbase --include=systemd,systemd-sysv,udev,dbus,iptables,nftables,iproute2,busybox,$packages,linux-image-cloud-amd64,initramfs-tools,kmod,procps,ca-certificates,mount \
 	bookworm "$work/root" >"$dir/debootstrap.log" 2>&1 || { tail -n 20 "$dir/debootstrap.log" >&2; exit 1; }
 
 root=$work/root
@@ -43,6 +49,12 @@ sed -i 's/^After=multi-user.target/After=basic.target dbus.service/' "$root/etc/
 cp "$root"/boot/vmlinuz-* "$dir/vmlinuz"
 cp "$root"/boot/initrd.img-* "$dir/initrd.img"
 rm -rf "$root"/var/cache/apt/archives/*.deb
+if [ "$lsm" = selinux ]; then
+	printf 'SELINUX=permissive\nSELINUXTYPE=default\n' >"$root/etc/selinux/config"
+	# Labels are attributes of files: they go into the disk's file system with them.
+	rm -f "$root/initrd.img.old" "$root/vmlinuz.old" # links to nothing cannot be labelled
+	chroot "$root" setfiles -F /etc/selinux/default/contexts/files/file_contexts /
+fi
 truncate -s 4G "$work/system.ext4"
 mkfs.ext4 -q -d "$root" "$work/system.ext4"
 mv "$work/system.ext4" "$dir/system.ext4"
