@@ -64,7 +64,7 @@ test: lint unit pod fault-short e2e-short critest ## All tests; what .ci/run cal
 unit: ## Tests of the packages, as root where they need it
 	@$(need) $(NEED_BUILD) $(NEED_TEST)
 	@$(MAKE) --no-print-directory tools images
-	PODSHIM_TOOLS_DIR=$(TOOLS) PODSHIM_TEST_CNI_BIN=$(TOOLS) go test -tags seccomp ./cmd/... ./internal/... ./test/images/... ./test/machine/...
+	PODSHIM_TOOLS_DIR=$(TOOLS) go test -tags seccomp ./cmd/... ./internal/... ./test/images/... ./test/machine/...
 
 .PHONY: pod
 pod: build tools ## Pods on a real podshim, seen by the kernel

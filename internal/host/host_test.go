@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/containerd/errdefs"
@@ -87,9 +88,20 @@ func TestLimitsHold(t *testing.T) {
 	}
 }
 
-// TestProbesLeaveNothing: no mount, no process, no descriptor.
+// TestProbesLeaveNothing: no mount, no process, no descriptor. It looks at a whole
+// mount table, and therefore from a process with one of its own.
 func TestProbesLeaveNothing(t *testing.T) {
 	needRoot(t)
+	const alone = "PODSHIM_TEST_ALONE"
+	if os.Getenv(alone) == "" {
+		cmd := exec.Command("/proc/self/exe", "-test.run", "^"+t.Name()+"$", "-test.v")
+		cmd.Env = append(os.Environ(), alone+"=1")
+		cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: unix.CLONE_NEWNS} // makes all mounts private
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Errorf("%v\n%s", err, out)
+		}
+		return
+	}
 	state := func() (string, int) {
 		mounts, err := os.ReadFile("/proc/self/mountinfo")
 		if err != nil {
