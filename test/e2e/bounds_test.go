@@ -5,10 +5,12 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 
 	"github.com/podshim/podshim/test/harness"
+	"github.com/podshim/podshim/test/images"
 )
 
 // P14: requests and limits are in the cgroup files, of the container and of the pod
@@ -54,6 +56,63 @@ func testResources(t *testing.T, k *Kubelet) {
 	}
 	if log := p.Logs("bounded"); !strings.Contains(log, "33554432") {
 		t.Errorf("the container itself sees %q", log)
+	}
+}
+
+// P14: the classes of pods, in cgroups and in who is spared when memory runs out.
+func testClasses(t *testing.T, k *Kubelet) {
+	guaranteed := k.Run("guaranteed")
+	modest := k.RunManifest("apiVersion: v1\nkind: Pod\nmetadata:\n  name: best-effort\nspec:\n  terminationGracePeriodSeconds: 0\n  containers:\n" +
+		"  - {name: one, image: " + images.Busybox + ", command: [sleep, \"1000000\"]}\n")
+	infraScore := func(p *Pod) string { infra, _ := p.Infra(); return infra.Read("oom_score_adj") }
+	for _, want := range []struct {
+		pod   *Pod
+		class string
+		score int // of oom_score_adj, where the machine lets it be lowered
+	}{{guaranteed, "Guaranteed", -997}, {modest, "BestEffort", 1000}} {
+		status := want.pod.WaitReady()
+		c := want.pod.Process("one")
+		if status.Status.QOSClass != want.class || !strings.Contains(c.Cgroup, ":"+harness.CgroupPath(k.podCgroup(status))+"/") {
+			t.Errorf("%s is %s, want %s; its cgroups are\n%s", want.pod.Name, status.Status.QOSClass, want.class, c.Cgroup)
+		}
+		// A machine whose root may not lower it gives what it has itself.
+		own, _ := strconv.Atoi(strings.TrimSpace(self(t).Read("oom_score_adj")))
+		if got, err := strconv.Atoi(strings.TrimSpace(c.Read("oom_score_adj"))); err != nil || (got != want.score && got != max(own, want.score)) {
+			t.Errorf("oom_score_adj of %s is %d, %v; want %d", want.pod.Name, got, err, want.score)
+		}
+		if score, _ := strconv.Atoi(strings.TrimSpace(infraScore(want.pod))); score > max(own, -998) {
+			t.Errorf("oom_score_adj of the infra container of %s is %d", want.pod.Name, score)
+		}
+	}
+	for name, want := range map[string]struct{ memory, quota string }{"one": {"33554432", "5000"}, "two": {"16777216", "10000"}} {
+		c := guaranteed.Process(name)
+		memory, _ := c.CgroupValue("memory.limit_in_bytes", "memory.max")
+		quota, _ := c.CgroupValue("cpu.cfs_quota_us", "cpu.max")
+		if quota, _, _ = strings.Cut(quota, " "); memory != want.memory || quota != want.quota {
+			t.Errorf("%s has %s bytes and a quota of %s, want %v", name, memory, quota, want)
+		}
+	}
+	if got := guaranteed.Cgroup("memory.limit_in_bytes", "memory.max"); got != "50331648" {
+		t.Errorf("the pod may take %s bytes of memory, want 48 Mi", got)
+	}
+}
+
+// P14: limits of the pod as a whole.
+func testPodResources(t *testing.T, k *Kubelet) {
+	p := k.Run("pod-resources")
+	modest := p.Wait("running", func(s PodStatus) bool { return s.Container("modest").State.Running != nil }).Container("modest")
+	if got := p.Cgroup("memory.limit_in_bytes", "memory.max"); got != "50331648" {
+		t.Errorf("the pod may take %s bytes of memory, want 48 Mi", got)
+	}
+	if got := p.Cgroup("cpu.cfs_quota_us", "cpu.max"); !strings.HasPrefix(got, "50000") {
+		t.Errorf("the pod's CPU quota is %s, want 50000", got)
+	}
+	status := p.Wait("with the greedy one killed", func(s PodStatus) bool { return s.Container("greedy").LastState.Terminated != nil })
+	if end := status.Container("greedy").LastState.Terminated; end.Reason != "OOMKilled" || end.ExitCode != 137 {
+		t.Errorf("the greedy one ended with %d %s, want 137 OOMKilled", end.ExitCode, end.Reason)
+	}
+	if now := p.Status().Container("modest"); now.ID() != modest.ID() || now.RestartCount != 0 {
+		t.Errorf("the modest one is %v", now)
 	}
 }
 

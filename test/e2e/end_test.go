@@ -158,6 +158,26 @@ func testOnFailure(t *testing.T, k *Kubelet) {
 	}
 }
 
+// Restarts by exit code, of a container and of all.
+func testRestartRules(t *testing.T, k *Kubelet) {
+	p := k.Run("restart-rules")
+	p.WaitLog("first", "ran\n")
+	sandbox := p.Sandbox()
+	status := p.Wait("anew from its init container, and running", func(s PodStatus) bool {
+		return s.Ready() && s.Container("whole").RestartCount == 1 && s.Container("again").State.Running != nil
+	})
+	if log := p.Logs("first"); log != "ran\nran\n" || status.Container("first").RestartCount != 1 {
+		t.Errorf("the init container has written %q: %v; want it run twice", log, status.Container("first"))
+	}
+	// 42 twice, and once with all of the pod.
+	if c := status.Container("again"); c.RestartCount != 3 {
+		t.Errorf("%v, want 3 restarts", c)
+	}
+	if now := p.Sandbox(); now != sandbox {
+		t.Errorf("sandbox %s became %s", sandbox, now)
+	}
+}
+
 // P16: an init as PID 1 reaps, sends signals on, starts again what it watches, and
 // takes all down.
 func testInitSystem(t *testing.T, k *Kubelet) {

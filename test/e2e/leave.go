@@ -6,7 +6,9 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -26,6 +28,7 @@ func (k *Kubelet) end() {
 	if !k.ask(func() bool { return len(k.podDirs()) == 0 }) {
 		k.t.Errorf("kubelet has not taken down the pods %v", k.podDirs())
 	}
+	k.checkPLEG()
 	k.Stop()
 	for _, line := range k.complaints() {
 		k.t.Errorf("kubelet logged an error: %s", line)
@@ -41,6 +44,38 @@ func (k *Kubelet) end() {
 	if err := harness.RemoveCgroup(k.cgroup("kubepods")); err != nil {
 		k.t.Errorf("remove kubelet's cgroups, which must be empty now: %v", err)
 	}
+}
+
+// checkPLEG looks whether kubelet's generator of pod events, which lists podshim's pods and
+// containers once a second, has gone on until now and has lost nothing.
+func (k *Kubelet) checkPLEG() {
+	if k.cmd == nil {
+		return // the test has ended kubelet
+	}
+	if health, err := k.Get("/healthz?verbose"); err != nil || !strings.Contains(health, "[+]syncloop ok") {
+		k.t.Errorf("kubelet is not healthy: %v\n%s", err, health)
+	}
+	text, err := k.Get("/metrics")
+	if err != nil {
+		k.t.Errorf("%v", err)
+		return
+	}
+	value := func(name string) float64 {
+		_, rest, _ := strings.Cut("\n"+text, "\n"+name+" ")
+		number, _, _ := strings.Cut(rest, "\n")
+		v, _ := strconv.ParseFloat(number, 64)
+		return v
+	}
+	rounds, seconds := value("kubelet_pleg_relist_duration_seconds_count"), value("kubelet_pleg_relist_duration_seconds_sum")
+	// kubelet calls it unhealthy after three minutes, or ten where podshim's events come as well.
+	since := time.Since(time.Unix(int64(value("kubelet_pleg_last_seen_seconds")), 0))
+	if lost := value("kubelet_pleg_discard_events"); rounds == 0 || lost != 0 || since > 3*time.Minute && value("kubelet_evented_pleg_connection_success_count") == 0 {
+		k.t.Errorf("kubelet's PLEG has listed %v times, last %v ago, and lost %v events", rounds, since, lost)
+	}
+	if strings.Contains(k.Log(), "PLEG is not healthy: pleg was last seen") {
+		k.t.Errorf("kubelet's PLEG was not healthy:\n%s", k.tail(5, "PLEG is not healthy"))
+	}
+	k.t.Logf("kubelet's PLEG listed %.0f times, in %.1f ms on average", rounds, seconds/max(rounds, 1)*1000)
 }
 
 // cgroup names a cgroup of kubelet's below its root as CRI does: a path, or a slice
@@ -158,10 +193,13 @@ var harmless = []*regexp.Regexp{
 	// kubelet learns of a mirror pod later than it makes it.
 	regexp.MustCompile(`"Failed creating a mirror pod" err="pods .* already exists"`),
 	// What the tests' own containers do.
-	regexp.MustCompile(`"Error syncing pod, skipping" err="(failed|\[failed) to \\"StartContainer\\" for \\"(flaky|crashing|steady|greedy|fading|sidecar|unsteady)\\" with CrashLoopBackOff`),
+	regexp.MustCompile(`"Error syncing pod, skipping" err="(failed|\[failed) to \\"StartContainer\\" for \\"(flaky|crashing|steady|greedy|fading|sidecar|unsteady|again|whole)\\" with CrashLoopBackOff`),
 	regexp.MustCompile(`"StartContainer from runtime service failed" .*exec: \\"/no/such/program\\"`),
 	regexp.MustCompile(`"Unhandled Error" err="container missing start failed`),
 	regexp.MustCompile(`"Error syncing pod, skipping" err="failed to \\"StartContainer\\" for \\"missing\\" with RunContainerError`),
+	regexp.MustCompile(`CreateContainerConfigError: .*container has runAsNonRoot and image `),
+	regexp.MustCompile(`podName:\w+ nodeName:}" failed\..* MountVolume.SetUp failed for volume .*hostPath type check failed`),
+	regexp.MustCompile(`"(Unable to attach or mount volumes for pod; skipping pod|Error syncing pod, skipping)" .*pod="default/wrong-path-`),
 	// A machine that is too busy: a probe of a second, and kubelet's own rounds.
 	regexp.MustCompile(`"ExecSync cmd from runtime service failed" err="rpc error: code = DeadlineExceeded .*cmd=\["cat",`),
 	regexp.MustCompile(`"Housekeeping took longer than expected"`),

@@ -227,10 +227,18 @@ func TestGates(t *testing.T) {
   CRIListStreaming: true
   PodAndContainerStatsFromCRI: true
   ContainerStopSignals: true
+  VolumeBindMountOptions: true
+  UserNamespacesHostNetworkSupport: true
+  ImageVolumeWithDigest: true
+  RuntimeClassInImageCriApi: true
+  DefaultPodSysctls: true
+defaultPodSysctls: {net.ipv4.ip_local_port_range: "30000 30999"}
 `})
 	k.expect = append(k.expect,
 		// kubelet asks for a sandbox that it has not made yet.
-		regexp.MustCompile(`"PodSandbox from runtime service failed" .* podSandboxID=""`))
+		regexp.MustCompile(`"PodSandbox from runtime service failed" .* podSandboxID=""`),
+		// kubelet 1.37 looks for a volume's name among the mounts that CRI tells of, which have none.
+		regexp.MustCompile(`err="image was not found" pod="volumes-node"`))
 	t.Run("stats", func(t *testing.T) {
 		t.Parallel()
 		k := k.With(t)
@@ -252,6 +260,18 @@ func TestGates(t *testing.T) {
 		if got := k.lastLog(log); got != "ready\ngot SIGUSR1\n" {
 			t.Errorf("last words are %q", got)
 		}
+	})
+	t.Run("mount-options", func(t *testing.T) {
+		t.Parallel()
+		testMountOptions(t, k.With(t))
+	})
+	t.Run("host-network-users", func(t *testing.T) {
+		t.Parallel()
+		testHostNetworkUsers(t, k.With(t))
+	})
+	t.Run("volumes", func(t *testing.T) {
+		t.Parallel()
+		testVolumes(t, k.With(t))
 	})
 	t.Run("long-line", func(t *testing.T) {
 		t.Parallel()

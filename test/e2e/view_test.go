@@ -1,7 +1,9 @@
 package e2e
 
 import (
+	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"os"
 	"slices"
@@ -11,6 +13,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/podshim/podshim/test/images"
 )
 
 // P1: a pod in the host's namespaces.
@@ -178,6 +182,57 @@ func testVolumes(t *testing.T, k *Kubelet) {
 	}
 	if exists(host + "/mnt/here") {
 		t.Error("the host still has the mount that the container has unmounted")
+	}
+}
+
+// Paths of the host, by the types that kubelet knows; one of another type is not mounted.
+func testHostPaths(t *testing.T, k *Kubelet) {
+	host := t.TempDir()
+	if err := os.Mkdir(host+"/dir", 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for _, file := range []string{host + "/file", host + "/dir/inside"} {
+		if err := os.WriteFile(file, []byte("of the host\n"), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	socket, err := net.Listen("unix", host+"/socket")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer socket.Close()
+	p := k.Run("host-paths", "/tmp/podshim-host-paths", host)
+	p.WaitReady()
+	log := p.WaitLog("look", "looked\n")
+	for _, want := range []string{"of the host\n", "inside\n", "a socket\n", "a device\n", "No space left on device", "/look/any/x: Read-only file system"} {
+		if !strings.Contains(log, want) {
+			t.Errorf("the container does not say %q:\n%s", want, log)
+		}
+	}
+	for _, file := range []string{"/new-file", "/new-dir/file"} {
+		if data, err := os.ReadFile(host + file); err != nil || string(data) != "written\n" {
+			t.Errorf("the host reads %q from %s, %v", data, file, err)
+		}
+	}
+	wrong := k.RunManifest(fmt.Sprintf(`apiVersion: v1
+kind: Pod
+metadata:
+  name: wrong-path
+spec:
+  volumes:
+  - {name: dir, hostPath: {path: %s, type: Directory}}
+  containers:
+  - name: never
+    image: %s
+    command: [sleep, "1000000"]
+    volumeMounts:
+    - {name: dir, mountPath: /dir}
+`, host+"/file", images.Busybox))
+	if !k.ask(func() bool { return strings.Contains(k.tail(1000, "wrong-path"), "hostPath type check failed") }) {
+		t.Errorf("kubelet does not say what is wrong:\n%s", k.tail(20, "wrong-path"))
+	}
+	if c := wrong.Status().Container("never"); c.ID() != "" || c.State.Running != nil {
+		t.Errorf("%v, want it not created", c)
 	}
 }
 
