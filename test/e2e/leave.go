@@ -183,7 +183,7 @@ var harmless = []*regexp.Regexp{
 	regexp.MustCompile(`"Could not read directory" err="readdirent .* no such file or directory"|"Pod found, but error occurred during checking mounted volumes from disk"`),
 	// kubelet asks on while it takes a container down: the probe's command meets the
 	// container's end.
-	regexp.MustCompile(`"ExecSync cmd from runtime service failed" err="rpc error: code = FailedPrecondition .* has exited`),
+	regexp.MustCompile(`"ExecSync cmd from runtime service failed" err="rpc error: code = FailedPrecondition .*(has|is) exited`),
 	// kubelet gives up a call: the pod is going, or a client of its own has left.
 	regexp.MustCompile(`err=".*rpc error: code = Canceled desc = context canceled"`),
 	regexp.MustCompile(`"Error proxying data from (backend to client|client to backend)" err=".*(broken pipe|connection reset by peer|abnormal closure.*)"`),

@@ -90,11 +90,12 @@ type use struct {
 	// of daemon and monitors.
 	daemonKiB, monitorKiB      int
 	files, threads, goroutines int
+	cpu                        time.Duration
 }
 
 func (u use) String() string {
-	return fmt.Sprintf("daemon %.1f MB, podmon %.1f MB, %d descriptors, %d threads, %d goroutines",
-		float64(u.daemonKiB)/1024, float64(u.monitorKiB)/1024, u.files, u.threads, u.goroutines)
+	return fmt.Sprintf("daemon %.1f MB, podmon %.1f MB, %d descriptors, %d threads, %d goroutines, %.1f s of CPU time",
+		float64(u.daemonKiB)/1024, float64(u.monitorKiB)/1024, u.files, u.threads, u.goroutines, u.cpu.Seconds())
 }
 
 func (k *Kubelet) use() use {
@@ -110,6 +111,7 @@ func (k *Kubelet) use() use {
 		u.files += len(fds)
 		threads, _ := strconv.Atoi(p.Status("Threads"))
 		u.threads += threads
+		u.cpu += cpuTime(p)
 	}
 	for _, p := range monitors {
 		u.monitorKiB += pss(p)
@@ -125,6 +127,18 @@ func (k *Kubelet) use() use {
 	}
 	u.goroutines = daemonInfo.Goroutines
 	return u
+}
+
+// cpuTime is what a process, and its children that have ended, have used of the CPUs, as
+// proc_pid_stat(5) counts it.
+func cpuTime(p harness.Process) (total time.Duration) {
+	_, rest, _ := strings.Cut(p.Read("stat"), ") ") // what follows the name
+	fields := strings.Fields(rest)
+	for _, field := range fields[min(11, len(fields)):min(15, len(fields))] {
+		ticks, _ := strconv.Atoi(field)
+		total += time.Duration(ticks) * time.Second / 100
+	}
+	return total
 }
 
 // pss is a process's share of memory in KiB.
