@@ -28,7 +28,7 @@ func (d *parts) openAdmin(context.Context) error {
 	}
 	mux := http.NewServeMux()
 	mux.HandleFunc("POST /doctor", func(w http.ResponseWriter, r *http.Request) {
-		report, err := d.examine(r.Context(), r.FormValue("repair") == "true")
+		report, err := d.examine(r.Context(), examination{repair: r.FormValue("repair") == "true", contents: r.FormValue("contents") == "true"})
 		answer(w, report, err)
 	})
 	mux.HandleFunc("POST /explain", func(w http.ResponseWriter, r *http.Request) {

@@ -16,7 +16,7 @@ func leftovers(ctx context.Context, cfg *config.Config) []Finding {
 	if answers(ctx, cfg.CRI.Socket) {
 		return []Finding{ok("podshim", "running on %s; `podshim doctor` looks beside it", cfg.CRI.Socket)}
 	}
-	found, err := doctor.Alone(ctx, cfg)
+	found, err := doctor.Alone(ctx, cfg, false)
 	if err != nil {
 		return []Finding{warning("leftovers", err.Error(), "whether something is left is not known", "")}
 	}

@@ -38,7 +38,8 @@ func ConfigOf(cfg *config.Config) Config {
 
 // Alone examines what a podshim that does not run has left. It reads the files of
 // all parts and changes nothing; the caller sees to it that none starts meanwhile.
-func Alone(ctx context.Context, cfg *config.Config) ([]Finding, error) {
+// contents is Config.Contents.
+func Alone(ctx context.Context, cfg *config.Config, contents bool) ([]Finding, error) {
 	books, err := readBooks(cfg)
 	if err != nil {
 		return nil, err
@@ -50,7 +51,7 @@ func Alone(ctx context.Context, cfg *config.Config) ([]Finding, error) {
 		books.damaged = append(books.damaged, state.Damage{Path: filepath.Join(cfg.Root, "images"), Err: err})
 	}
 	conf := ConfigOf(cfg)
-	conf.Books, conf.Images = books, images
+	conf.Books, conf.Images, conf.Contents = books, images, contents
 	found, err := New(conf).Examine(ctx)
 	if images != nil {
 		err = errors.Join(err, images.Close())

@@ -25,11 +25,13 @@ package doctor
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"regexp"
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/podshim/podshim/internal/cni"
@@ -59,9 +61,11 @@ const (
 	Cgroup      Kind = "cgroup"               // of a pod or container
 	SnapshotDir Kind = "snapshot's directory" // that no snapshot's record knows
 	Layer       Kind = "layer"                // that no image needs
+	BadImage    Kind = "damaged image"        // whose record cannot be read, or lacks layers
+	BadLayer    Kind = "damaged layer"        // that is not as it was unpacked
 )
 
-var order = []Kind{Record, Monitored, Process, Attachment, Reservation, Result, Veth, Mount, Snapshot, Netns, Directory, Cgroup, SnapshotDir, Layer}
+var order = []Kind{Record, Monitored, Process, Attachment, Reservation, Result, Veth, Mount, Snapshot, Netns, Directory, Cgroup, SnapshotDir, Layer, BadImage, BadLayer}
 
 // Finding is one thing that does not belong.
 type Finding struct {
@@ -123,6 +127,8 @@ type Config struct {
 	Books         Books
 	// Images may be nil: there are none.
 	Images *image.Store
+	// Contents has every file of every layer read, instead of its length looked at.
+	Contents bool
 	// Network and Hands are needed by Repair only.
 	Network *cni.Network
 	Hands   Hands
@@ -227,6 +233,13 @@ func (d *Doctor) Examine(ctx context.Context, kinds ...Kind) ([]Finding, error) 
 	}
 	found = append(found, lost(before, after, monitored, d.Hands)...)
 	found = append(found, damages(after.damaged)...)
+	if len(kinds) == 0 || slices.Contains(kinds, BadLayer) {
+		damaged, err := d.damagedImages(ctx)
+		if err != nil {
+			return nil, fmt.Errorf("look for damage of images: %w", err)
+		}
+		found = append(found, damaged...)
+	}
 	if len(kinds) > 0 {
 		found = slices.DeleteFunc(found, func(f Finding) bool { return !slices.Contains(kinds, f.Kind) })
 	}
@@ -306,25 +319,71 @@ func damages(damaged []state.Damage) []Finding {
 // repairLimit bounds the repair of one finding; a plugin's own limit is below it.
 const repairLimit = 2 * time.Minute
 
-// Repair puts right what Examine has found. It goes on after a failure, which is
-// noted with the finding.
+// repairers is how many findings of a kind are repaired at once: none of them waits for
+// one that takes its time, a plugin's for example.
+const repairers = 16
+
+// Repair puts right what Examine has found, kind by kind. It goes on after a failure,
+// which is noted with the finding.
 func (d *Doctor) Repair(ctx context.Context, found []Finding) {
+	for len(found) > 0 {
+		kind := found[0].Kind
+		n := slices.IndexFunc(found, func(f Finding) bool { return f.Kind != kind })
+		if n < 0 {
+			n = len(found)
+		}
+		repairEach(ctx, found[:n])
+		found = found[n:]
+	}
+}
+
+func repairEach(ctx context.Context, found []Finding) {
+	lanes := make(map[string][]*Finding)
 	for i := range found {
-		f := &found[i]
-		if f.repair == nil {
-			continue
+		lane := found[i].lane()
+		lanes[lane] = append(lanes[lane], &found[i])
+	}
+	slots := make(chan struct{}, repairers)
+	var work sync.WaitGroup
+	for _, lane := range lanes {
+		slots <- struct{}{}
+		work.Go(func() {
+			defer func() { <-slots }()
+			for _, f := range lane {
+				f.put(ctx)
+			}
+		})
+	}
+	work.Wait()
+}
+
+// lane is the same for findings of a kind that may be within each other: they are
+// repaired one after another.
+func (f *Finding) lane() string {
+	switch f.Kind {
+	case Mount:
+		return f.ID
+	case Cgroup:
+		if at := anyID.FindStringIndex(f.Name); at != nil {
+			return f.Name[:at[1]]
 		}
-		limited, cancel := context.WithTimeout(ctx, repairLimit)
-		err := f.repair(limited)
-		cancel()
-		if err == nil && f.there != nil && f.there() {
-			err = fmt.Errorf("repair ended without an error, but it is there still: look at it by hand")
-		}
-		if err != nil {
-			f.Error = err.Error()
-		} else {
-			f.Repaired = true
-		}
+	}
+	return f.Name
+}
+
+// put puts a finding right.
+func (f *Finding) put(ctx context.Context) {
+	if f.repair == nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, repairLimit)
+	defer cancel()
+	err := f.repair(ctx)
+	if err == nil && f.there != nil && f.there() {
+		err = errors.New("repair ended without an error, but it is there still: look at it by hand")
+	}
+	if f.Repaired = err == nil; err != nil {
+		f.Error = err.Error()
 	}
 }
 

@@ -51,6 +51,36 @@ func (d *Doctor) lookAtImages(ctx context.Context, _ *machineView, _ []string) (
 	return found, nil
 }
 
+// damagedImages are the layers that are not as they were unpacked, and images whose
+// records cannot be read.
+func (d *Doctor) damagedImages(ctx context.Context) ([]Finding, error) {
+	if d.Images == nil {
+		return nil, nil
+	}
+	damaged, err := d.Images.Damages(ctx, d.Contents)
+	if err != nil {
+		return nil, err
+	}
+	var found []Finding
+	for _, damage := range damaged {
+		f := Finding{
+			Kind: BadLayer, Name: damage.Layer, Why: damage.Why.Error(),
+			Remedy: "have the next pull bring it again; containers that are in it keep it",
+			there:  func() bool { return d.Images.Used(damage) },
+			repair: func(ctx context.Context) error { return d.Images.Mend(ctx, damage) },
+		}
+		images := strings.Join(damage.Images, ", ")
+		if damage.Layer == "" {
+			f.Kind, f.Name = BadImage, images
+		}
+		if images != "" {
+			f.Remedy = "forget " + images + ", whose next pull brings again what is damaged; containers keep the layers that they are in"
+		}
+		found = append(found, f)
+	}
+	return found, nil
+}
+
 func (d *Doctor) hasSnapshot(ctx context.Context, key string) bool {
 	keys, err := d.Images.Snapshots(ctx)
 	for _, k := range keys {

@@ -33,6 +33,7 @@ const (
 type verifier struct {
 	mu       sync.Mutex
 	distrust bool // layers are read before they are used
+	doubted  bool // by Mend: containers may be in a layer that is damaged
 	layers   map[digest.Digest]*verified
 	kept     map[string]func() // by the ID of a forgotten image: lets go of its layers
 }
@@ -67,7 +68,7 @@ func (s *Store) verifyLayer(ctx context.Context, chain digest.Digest) error {
 	}
 	dir, err := s.layerDir(ctx, chain.String())
 	if err == nil {
-		err = checkListing(filepath.Dir(dir))
+		err = checkListing(filepath.Dir(dir), true)
 	}
 	if errdefs.IsNotImplemented(err) {
 		err = nil // nothing can be said of it
@@ -198,7 +199,10 @@ func (s *Store) replaceLayer(ctx context.Context, st *staged) error {
 	if err := os.Rename(st.dir, dir); err != nil {
 		return fmt.Errorf("replace damaged layer: %w", err)
 	}
-	if s.cfg.Crashed { // no container had it since
+	s.verifier.mu.Lock()
+	unused := s.cfg.Crashed && !s.verifier.doubted
+	s.verifier.mu.Unlock()
+	if unused { // no container had it since the crash
 		if err := os.RemoveAll(old); err != nil {
 			return fmt.Errorf("remove damaged layer: %w", err)
 		}
@@ -212,7 +216,7 @@ func (s *Store) replaceLayer(ctx context.Context, st *staged) error {
 // they may have been written: those pulled last first. Until then each image is read
 // before its first use.
 func (s *Store) startVerifying() error {
-	mark := filepath.Join(s.cfg.Root, unverifiedFile)
+	mark := s.unverified()
 	if s.cfg.Crashed {
 		if err := os.WriteFile(mark, nil, 0o600); err != nil {
 			s.log.WithError(err).Warn("mark the layers as not verified")
@@ -224,6 +228,9 @@ func (s *Store) startVerifying() error {
 	s.sweeper.Go(func() { s.verifyAll(mark) })
 	return nil
 }
+
+// unverified is the path of the mark of layers that are not trusted.
+func (s *Store) unverified() string { return filepath.Join(s.cfg.Root, unverifiedFile) }
 
 func (s *Store) verifyAll(mark string) {
 	began := time.Now()
@@ -270,8 +277,11 @@ func (s *Store) verifyAll(mark string) {
 		return // what a pull does not replace is looked at again by the next start
 	}
 	s.verifier.mu.Lock()
+	defer s.verifier.mu.Unlock()
+	if s.verifier.doubted {
+		return // somebody has found damage since
+	}
 	s.verifier.distrust = false
-	s.verifier.mu.Unlock()
 	if err := os.Remove(mark); err != nil {
 		s.log.WithError(err).Warn("the layers are verified, and marked as not")
 	}
@@ -282,37 +292,6 @@ func (s *Store) pulledAt(id string) time.Time {
 		return rec.PulledAt
 	}
 	return time.Time{}
-}
-
-// Verify reads every layer and returns, by the layer's chain ID, how those are damaged
-// that are not as they were unpacked. It takes the time that reading all images takes,
-// and changes nothing.
-func (s *Store) Verify(ctx context.Context) (map[string]error, error) {
-	infos, err := s.snapshotInfos(s.quiet(ctx))
-	if err != nil {
-		return nil, err
-	}
-	damage := make(map[string]error)
-	for _, info := range infos {
-		if info.Kind != snapshots.KindCommitted {
-			continue
-		}
-		if ctx.Err() != nil {
-			return nil, context.Cause(ctx)
-		}
-		dir, err := s.layerDir(ctx, info.Name)
-		if err == nil {
-			err = checkListing(filepath.Dir(dir))
-		}
-		if !errdefs.IsDataLoss(err) {
-			continue
-		}
-		if _, serr := s.sn.Stat(ctx, info.Name); errdefs.IsNotFound(serr) {
-			continue // removed meanwhile
-		}
-		damage[info.Name] = err
-	}
-	return damage, nil
 }
 
 // checkDatabases sets aside what cannot be read of the store's own databases. Without

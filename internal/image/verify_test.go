@@ -4,6 +4,7 @@ import (
 	"context"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -53,21 +54,25 @@ func TestDamageOfAPowerCut(t *testing.T) {
 				t.Fatal(err)
 			}
 			layer := layerDirs(t, s, img)[1]
-			if damage, err := s.Verify(ctx); err != nil || len(damage) > 0 {
+			if damage, err := s.Damages(ctx, true); err != nil || len(damage) > 0 {
 				t.Fatalf("whole layers: %v, %v", damage, err)
 			}
 			closeStore(t, s)
 			if err := spoil(layer); err != nil {
 				t.Fatal(err)
 			}
+			if s, err = Inspect(testConfig(t, root)); err != nil {
+				t.Fatal(err)
+			}
+			if damage, err := s.Damages(ctx, true); err != nil || len(damage) != 1 || !slices.Equal(damage[0].Images, []string{img.ID}) {
+				t.Errorf("found damaged: %v, %v", damage, err)
+			}
+			closeStore(t, s)
 			asked.blobs.Store(0)
 			if s, err = Open(testConfig(t, root, crashed)); err != nil {
 				t.Fatal(err)
 			}
 			defer func() { closeStore(t, s) }()
-			if damage, err := s.Verify(ctx); err != nil || len(damage) != 1 {
-				t.Errorf("found damaged: %v, %v", damage, err)
-			}
 			if _, err := s.Prepare(ctx, "new", img); !errdefs.IsNotFound(err) || !strings.Contains(err.Error(), "pull it again") {
 				t.Errorf("use of a damaged image: %v", err)
 			}
@@ -84,7 +89,7 @@ func TestDamageOfAPowerCut(t *testing.T) {
 					t.Errorf("%s is %q", name, got)
 				}
 			}
-			if damage, err := s.Verify(ctx); err != nil || len(damage) > 0 {
+			if damage, err := s.Damages(ctx, true); err != nil || len(damage) > 0 {
 				t.Errorf("after the pull: %v, %v", damage, err)
 			}
 		})

@@ -68,7 +68,7 @@ func startNetwork(t *testing.T, timeout string) *network {
 	if err := os.WriteFile(filepath.Join(plugins, "faulty"), []byte(script), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	w.Node = harness.Start(t, harness.Options{PluginDirs: []string{plugins}, PluginTimeout: timeout, NoNetwork: true})
+	w.Node = start(t, harness.Options{PluginDirs: []string{plugins}, PluginTimeout: timeout, NoNetwork: true})
 	w.configure()
 	w.waitReady(true)
 	return w

@@ -129,7 +129,7 @@ func (h holding) gone(t *testing.T) {
 func TestDamagedRecordsKeepWhatTheyStandFor(t *testing.T) {
 	harness.NeedRoot(t)
 	t.Parallel()
-	n := harness.Start(t, harness.Options{})
+	n := start(t, harness.Options{})
 	container, pod, whole := hold(t, n), hold(t, n), hold(t, n)
 	n.Stop()
 	spoilRecord(t, n, "containers", container.c.ID)
@@ -179,7 +179,7 @@ func TestDamagedRecordsKeepWhatTheyStandFor(t *testing.T) {
 func TestAllRecordsAreLost(t *testing.T) {
 	harness.NeedRoot(t)
 	t.Parallel()
-	n := harness.Start(t, harness.Options{})
+	n := start(t, harness.Options{})
 	lost := hold(t, n)
 	n.Kill()
 	if err := os.WriteFile(filepath.Join(n.Root, "state.db"), make([]byte, 32<<10), 0o600); err != nil {
@@ -232,7 +232,7 @@ func TestDamagedDatabaseOrEmptyRunDirectory(t *testing.T) {
 		},
 	} {
 		t.Run(what, func(t *testing.T) {
-			n := harness.Start(t, harness.Options{})
+			n := start(t, harness.Options{})
 			h := hold(t, n)
 			n.Stop()
 			if err := spoil(n); err != nil {
@@ -259,7 +259,7 @@ func TestDamagedDatabaseOrEmptyRunDirectory(t *testing.T) {
 func TestLayerDamagedByAPowerCut(t *testing.T) {
 	harness.NeedRoot(t)
 	t.Parallel()
-	n := harness.Start(t, harness.Options{})
+	n := start(t, harness.Options{})
 	name := n.NewImage("fault/damaged", harness.ImageOptions{Files: map[string]string{"data/file": "what the image holds"}})
 	before := n.RunPod()
 	before.Shell("exit 3", func(c *cri.ContainerConfig) { c.Image.Image = name }).WaitExit()
@@ -299,7 +299,7 @@ func TestLayerDamagedByAPowerCut(t *testing.T) {
 func TestEmptiedRunDirectory(t *testing.T) {
 	harness.NeedRoot(t)
 	t.Parallel()
-	n := harness.Start(t, harness.Options{})
+	n := start(t, harness.Options{})
 	h := hold(t, n)
 	n.Stop()
 	empty := exec.Command("find", n.RunDir, "-xdev", "-mindepth", "1", "-not", "-path", "*/rootfs", "-not", "-path", "*/shm", "-type", "f,s,p,l", "-delete")

@@ -72,7 +72,7 @@ func refused(t *testing.T, what string, err error) {
 func TestFullDisk(t *testing.T) {
 	harness.NeedRoot(t)
 	t.Parallel()
-	n := harness.Start(t, harness.Options{SmallRoot: "48m"})
+	n := start(t, harness.Options{SmallRoot: "48m"})
 	big := n.NewImage("fault/big", harness.ImageOptions{Files: map[string]string{"big": strings.Repeat("x", 8<<20)}})
 	pod := n.RunPod()
 	// Its log is on the full disk too.
@@ -152,7 +152,7 @@ func TestFullDisk(t *testing.T) {
 func TestImageIsRemovedFromAFullDisk(t *testing.T) {
 	harness.NeedRoot(t)
 	t.Parallel()
-	n := harness.Start(t, harness.Options{SmallRoot: "48m"})
+	n := start(t, harness.Options{SmallRoot: "48m"})
 	big := n.NewImage("fault/removed", harness.ImageOptions{Files: map[string]string{"big": strings.Repeat("x", 8<<20)}})
 	filled := fill(t, n.Root)
 	if _, err := n.Images.RemoveImage(n.Context(), &cri.RemoveImageRequest{Image: &cri.ImageSpec{Image: big}}); err != nil {

@@ -101,7 +101,7 @@ func newPatient(t *testing.T) *patient {
 	if harness.Systemd {
 		t.Skip("SKIPPED: plants cgroups of the cgroupfs driver")
 	}
-	n := harness.Start(t, harness.Options{})
+	n := start(t, harness.Options{})
 	p := &patient{t: t, n: n, pod: n.RunPod()}
 	p.pod.Run([]string{"sleep", "100000"})
 	own := n.RunPod(func(c *cri.PodSandboxConfig) { c.Linux.CgroupParent = "" })
@@ -418,6 +418,132 @@ func (p *patient) plantLayer(id string) {
 	})
 }
 
+// Layers that are not as they were unpacked are found, and by the repair brought again
+// with the next pull, beside a daemon and without. What runs on one of them runs on.
+func TestDoctorFindsDamagedLayers(t *testing.T) {
+	p := newPatient(t)
+	for name, daemon := range map[string]bool{"beside": true, "alone": false} {
+		t.Run(name, func(t *testing.T) {
+			n := p.n.With(t)
+			short, zeroed := p.damageable(n, name+"-short"), p.damageable(n, name+"-zeroed")
+			if d := doctor(t, n, "--contents"); len(d.Findings) > 0 {
+				t.Fatalf("nothing is damaged: %+v", d.Findings)
+			}
+			p.must(os.Truncate(short.file, 3))
+			p.must(os.WriteFile(zeroed.file, make([]byte, len(zeroed.content)), 0o644))
+			if !daemon {
+				n.Kill()
+			}
+			if got, want := doctor(t, n).names(), []string{"damaged layer " + short.layer}; !slices.Equal(got, want) {
+				t.Errorf("a look at lengths finds %q, want %q", got, want)
+			}
+			want := []string{"damaged layer " + short.layer, "damaged layer " + zeroed.layer}
+			slices.Sort(want)
+			look := doctor(t, n, "--contents")
+			if got := look.names(); !slices.Equal(got, want) {
+				t.Errorf("a look at contents finds %q, want %q", got, want)
+			}
+			for _, f := range look.Findings {
+				if !strings.Contains(f.Why, short.file) && !strings.Contains(f.Why, zeroed.file) || f.Remedy == "" || look.Daemon != daemon {
+					t.Errorf("beside a daemon %t: %+v", look.Daemon, f)
+				}
+			}
+			for _, f := range doctor(t, n, "--contents", "--repair").Findings {
+				if !f.Repaired {
+					t.Errorf("not repaired: %+v", f)
+				}
+			}
+			if d := doctor(t, n, "--contents"); len(d.Findings) > 0 {
+				t.Errorf("after the repair: %+v", d.Findings)
+			}
+			if !daemon {
+				n.Resume()
+			}
+			p.untouched()
+			for _, d := range []damageable{short, zeroed} {
+				d.fetched(t, n)
+			}
+		})
+	}
+}
+
+// damageable is an image with a file that can be damaged, and a container of it that runs.
+type damageable struct {
+	image, content, file, layer string
+	process                     harness.Process
+}
+
+func (p *patient) damageable(n *harness.Node, name string) damageable {
+	d := damageable{content: "what the image holds: " + name}
+	d.image = n.NewImage("doctor/"+name, harness.ImageOptions{Files: map[string]string{"data/" + name: d.content}})
+	files, err := filepath.Glob(filepath.Join(n.Root, "images", "snapshots", "*", "fs", "data", name))
+	p.must(err)
+	if len(files) != 1 {
+		p.t.Fatalf("the image's file is at %q", files)
+	}
+	d.file = files[0]
+	d.process = p.pod.Run([]string{"sleep", "100000"}, func(c *cri.ContainerConfig) { c.Image.Image = d.image }).Process()
+	p.before = p.life()
+	status, err := n.Images.ImageStatus(n.Context(), &cri.ImageStatusRequest{Image: &cri.ImageSpec{Image: d.image}, Verbose: true})
+	p.must(err)
+	var info struct{ ChainID string }
+	p.must(json.Unmarshal([]byte(status.Info["info"]), &info))
+	d.layer = info.ChainID // the topmost layer is that of the files
+	return d
+}
+
+// fetched checks that the image is gone until it is pulled, is whole then, and that
+// the container of before runs on.
+func (d damageable) fetched(t *testing.T, n *harness.Node) {
+	t.Helper()
+	asked, err := n.Images.ImageStatus(n.Context(), &cri.ImageStatusRequest{Image: &cri.ImageSpec{Image: d.image}})
+	if err != nil || asked.Image != nil {
+		t.Errorf("the damaged image is there: %v, %v", asked, err)
+	}
+	n.Pull(d.image)
+	c := n.RunPod().Run([]string{"cat", "/data/" + filepath.Base(d.file)}, func(c *cri.ContainerConfig) { c.Image.Image = d.image })
+	c.WaitExit()
+	if got := c.LogText("stdout"); got != d.content {
+		t.Errorf("the file that is pulled again holds %q, want %q", got, d.content)
+	}
+	if d := doctor(t, n, "--contents"); len(d.Findings) > 0 {
+		t.Errorf("after the pull: %+v", d.Findings)
+	}
+	if !d.process.Alive() {
+		t.Errorf("%v ran on the damaged layer, and has ended", d.process)
+	}
+}
+
+// An image's record that makes no sense any more.
+func TestDoctorFindsDamagedImages(t *testing.T) {
+	p := newPatient(t)
+	name := p.n.NewImage("doctor/record", harness.ImageOptions{Files: map[string]string{"/etc/record": "1"}})
+	id := p.n.Pull(name)
+	p.n.Kill()
+	db, err := bolt.Open(filepath.Join(p.n.Root, "images", "images.db"), 0o600, nil)
+	p.must(err)
+	p.must(db.Update(func(tx *bolt.Tx) error {
+		return tx.Bucket([]byte("images")).Bucket([]byte(id)).Put([]byte("config"), []byte("{}"))
+	}))
+	p.must(db.Close())
+	d := doctor(t, p.n)
+	if !slices.Contains(d.names(), "damaged image "+id) {
+		t.Errorf("found %q, damaged is %s", d.names(), id)
+	}
+	for _, f := range doctor(t, p.n, "--repair").Findings {
+		if !f.Repaired {
+			t.Errorf("not repaired: %+v", f)
+		}
+	}
+	if d := doctor(t, p.n); len(d.Findings) > 0 {
+		t.Errorf("after the repair: %+v", d.Findings)
+	}
+	p.n.Resume()
+	p.untouched()
+	p.n.Pull(name)
+	p.pod.Run([]string{"cat", "/etc/record"}, func(c *cri.ContainerConfig) { c.Image.Image = name }).WaitLog("1")
+}
+
 // A record of what does not run, with nobody left who could tell of its end.
 func TestDoctorFindsRecordsWithoutProcesses(t *testing.T) {
 	p := newPatient(t)
@@ -500,7 +626,7 @@ func TestDoctorLeavesWhatUnreadableRecordsStandFor(t *testing.T) {
 // While pods come and go as fast as they can nothing is ever named.
 func TestDoctorUnderChurn(t *testing.T) {
 	harness.NeedRoot(t)
-	n := harness.Start(t, harness.Options{})
+	n := start(t, harness.Options{})
 	unwanted := n.NewImage("churned", harness.ImageOptions{Files: map[string]string{"/etc/churned": "1"}})
 	var pods atomic.Int64
 	var clients sync.WaitGroup

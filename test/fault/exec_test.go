@@ -74,7 +74,7 @@ func flat(t *testing.T, n *harness.Node, memory int, do func(rounds int)) {
 // it, it costs podshim nothing, and it ends with the container.
 func TestExecLeavesBackground(t *testing.T) {
 	harness.NeedRoot(t)
-	n := harness.Start(t, harness.Options{})
+	n := start(t, harness.Options{})
 	c := n.RunPod().Shell("while :; do sleep 100000 & wait; done")
 	left, late := 0, 0
 	flat(t, n, 16<<10, func(rounds int) {
@@ -106,7 +106,7 @@ func TestExecLeavesBackground(t *testing.T) {
 // ends at its timeout.
 func TestExecWritesWithoutEnd(t *testing.T) {
 	harness.NeedRoot(t)
-	n := harness.Start(t, harness.Options{})
+	n := start(t, harness.Options{})
 	c := n.RunPod().Shell("echo ready; sleep 100000")
 	c.WaitLog("ready")
 	flat(t, n, 64<<10, func(rounds int) { // a few times what is collected, until it is garbage
@@ -127,7 +127,7 @@ func TestExecWritesWithoutEnd(t *testing.T) {
 // Clients that break their connections cost nothing afterwards.
 func TestStreamsCut(t *testing.T) {
 	harness.NeedRoot(t)
-	n := harness.Start(t, harness.Options{})
+	n := start(t, harness.Options{})
 	p := n.RunPod()
 	c := p.Shell("httpd -p 8080; " + counter(""))
 	asked(t, "the server listens", func() bool {
@@ -214,7 +214,7 @@ func TestStreamsCut(t *testing.T) {
 // has ended first.
 func TestExecMeetsKill(t *testing.T) {
 	harness.NeedRoot(t)
-	n := harness.Start(t, harness.Options{})
+	n := start(t, harness.Options{})
 	p := n.RunPod()
 	answers := map[codes.Code]int{}
 	rounds := times(100, 10)

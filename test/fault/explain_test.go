@@ -57,7 +57,7 @@ func (e explanation) steps(call string) (names []string, failed string) {
 
 func TestExplain(t *testing.T) {
 	harness.NeedRoot(t)
-	n := harness.Start(t, harness.Options{})
+	n := start(t, harness.Options{})
 
 	t.Run("a pod that runs", func(t *testing.T) {
 		p := n.With(t).RunPod()

@@ -29,7 +29,7 @@ import (
 // clients have gone the machine is as it was before them.
 func TestDaemonKilledAtRandom(t *testing.T) {
 	harness.NeedRoot(t)
-	n := harness.Start(t, harness.Options{})
+	n := start(t, harness.Options{})
 	seed := uint64(time.Now().UnixNano())
 	t.Logf("seed %d", seed)
 	k := &killer{n: n, random: rand.New(rand.NewPCG(seed, 0))}

@@ -61,7 +61,7 @@ func rotate(n *harness.Node, c *harness.Container, number int) (string, error) {
 // line is lost or twice there, and other pods and calls go on.
 func TestLogFlood(t *testing.T) {
 	harness.NeedRoot(t)
-	n := harness.Start(t, harness.Options{})
+	n := start(t, harness.Options{})
 	var others []*harness.Container
 	for range 3 {
 		c := n.RunPod().Shell(counter(""))
@@ -145,7 +145,7 @@ func TestLogFlood(t *testing.T) {
 // how much is missing, at the place where it is.
 func TestLogOnFullDisk(t *testing.T) {
 	harness.NeedRoot(t)
-	n := harness.Start(t, harness.Options{})
+	n := start(t, harness.Options{})
 	config := n.PodConfig()
 	if err := unix.Mount("tmpfs", config.LogDirectory, "tmpfs", 0, "size=8m"); err != nil {
 		t.Fatal(err)

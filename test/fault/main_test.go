@@ -20,6 +20,23 @@ func TestMain(m *testing.M) {
 	os.Exit(harness.Main(m, harness.Options{}))
 }
 
+// start makes a node for a test. When the test is over, its doctor must find nothing:
+// what a daemon that has just come back gives back in the background, within a while.
+func start(t *testing.T, opts harness.Options) *harness.Node {
+	t.Helper()
+	n := harness.Start(t, opts)
+	t.Cleanup(func() {
+		if t.Failed() {
+			return // how far the test came is not known
+		}
+		var found diagnosis
+		if !quietly(func() bool { found = doctor(t, n); return len(found.Findings) == 0 }) {
+			t.Errorf("does not belong here after the test (beside a daemon: %t): %+v", found.Daemon, found.Findings)
+		}
+	})
+	return n
+}
+
 // times is how often a fault is repeated: all times, or few of them with -short.
 func times(all, few int) int {
 	if testing.Short() {

@@ -13,7 +13,7 @@ import (
 // soon it comes; and an end with 0 is none, whatever befell a child.
 func TestOOMKilled(t *testing.T) {
 	harness.NeedRoot(t)
-	n := harness.Start(t, harness.Options{})
+	n := start(t, harness.Options{})
 	p := n.RunPod()
 	limited := func(c *cri.ContainerConfig) { c.Linux.Resources.MemoryLimitInBytes = 24 << 20 }
 	const eat = "dd if=/dev/zero of=/dev/null bs=200M count=1"

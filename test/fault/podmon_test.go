@@ -20,7 +20,7 @@ import (
 // a minute. Every line is in the log once, and the end is exact.
 func TestContainerWritesWithoutDaemon(t *testing.T) {
 	harness.NeedRoot(t)
-	n := harness.Start(t, harness.Options{})
+	n := start(t, harness.Options{})
 	p := n.RunPod()
 	seconds := times(60, 3)
 	c := p.Shell(fmt.Sprintf(`while [ ! -e /tmp/go ]; do usleep 1000; done
@@ -56,7 +56,7 @@ exit 7`, seconds))
 // once; and every exit code is exact.
 func TestPodmonKilled(t *testing.T) {
 	harness.NeedRoot(t)
-	n := harness.Start(t, harness.Options{})
+	n := start(t, harness.Options{})
 	p := n.RunPod()
 	writers := map[string]*harness.Container{
 		"stdout": p.Shell(counter("")), "stderr": p.Shell(counter(">&2")),
@@ -218,7 +218,7 @@ func terminalLines(t *testing.T, c *harness.Container) (written, lost int) {
 // While podmon hangs, all that only looks is answered, and it is soon replaced.
 func TestPodmonHangs(t *testing.T) {
 	harness.NeedRoot(t)
-	n := harness.Start(t, harness.Options{})
+	n := start(t, harness.Options{})
 	var containers []*harness.Container
 	for range times(20, 4) {
 		c := n.RunPod().Shell(idler)
@@ -314,7 +314,7 @@ func look(t *testing.T, n *harness.Node, containers []*harness.Container) (took 
 // runs. No container notices: processes, pipes and logs go on.
 func TestPodmonUpgraded(t *testing.T) {
 	harness.NeedRoot(t)
-	n := harness.Start(t, harness.Options{})
+	n := start(t, harness.Options{})
 	var containers []*harness.Container
 	var processes []harness.Process
 	for i := range times(50, 5) {
@@ -366,7 +366,7 @@ func TestPodmonUpgraded(t *testing.T) {
 // ended with nobody there has an end, and no invented code.
 func TestBothKilled(t *testing.T) {
 	harness.NeedRoot(t)
-	n := harness.Start(t, harness.Options{})
+	n := start(t, harness.Options{})
 	p := n.RunPod()
 	// Orphans become this process's children, and it takes their exit codes as an init
 	// does: else a zombie would tell its own.

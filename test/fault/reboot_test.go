@@ -20,7 +20,7 @@ import (
 // address too.
 func TestReboot(t *testing.T) {
 	harness.NeedRoot(t)
-	n := harness.Start(t, harness.Options{})
+	n := start(t, harness.Options{})
 	pods := times(200, 16)
 	type one struct {
 		pod          *harness.Pod

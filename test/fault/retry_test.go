@@ -60,7 +60,7 @@ func TestRetryJoinsTheSlow(t *testing.T) {
 func TestRetryJoinsTheSlowCreate(t *testing.T) {
 	harness.NeedRoot(t)
 	trap := &trap{t: t}
-	n := harness.Start(t, harness.Options{Spawn: trap.spawn})
+	n := start(t, harness.Options{Spawn: trap.spawn})
 	trap.n = n
 	s := &subject{n: n, config: n.PodConfig()}
 	s.sandbox = n.RunConfig(s.config, "").ID
@@ -98,7 +98,7 @@ func TestRetryJoinsTheSlowCreate(t *testing.T) {
 // and at the same time, and leave nothing.
 func TestStopsAndRemovalsInAnyOrder(t *testing.T) {
 	harness.NeedRoot(t)
-	n := harness.Start(t, harness.Options{})
+	n := start(t, harness.Options{})
 	w := &network{Node: n, t: t}
 	before := lasting(n)
 	seed := uint64(time.Now().UnixNano())

@@ -136,7 +136,7 @@ func (s *subject) done(operation string) error {
 func TestEveryStep(t *testing.T) {
 	harness.NeedRoot(t)
 	trap := &trap{t: t}
-	n := harness.Start(t, harness.Options{Spawn: trap.spawn})
+	n := start(t, harness.Options{Spawn: trap.spawn})
 	trap.n = n
 	s := &steps{trap: trap, n: n}
 	// The first pod makes what all pods share: the bridge, the network's files.

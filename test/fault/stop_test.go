@@ -18,7 +18,7 @@ import (
 // own. When the call returns, nothing of them is left.
 func TestStopLeavesNothing(t *testing.T) {
 	harness.NeedRoot(t)
-	n := harness.Start(t, harness.Options{})
+	n := start(t, harness.Options{})
 	p := n.RunPod()
 	const children, grace = 200, 2 * time.Second
 	var over []time.Duration
@@ -56,7 +56,7 @@ func TestStopOfWhatCannotEnd(t *testing.T) {
 	if harness.CgroupV2() {
 		t.Skip("SKIPPED: SIGKILL ends frozen processes on cgroup v2")
 	}
-	n := harness.Start(t, harness.Options{})
+	n := start(t, harness.Options{})
 	other := n.RunPod().Shell(counter(""))
 	stuck := n.RunPod(func(c *cri.PodSandboxConfig) { c.Linux.CgroupParent = n.PodCgroup("stuck") })
 	c := stuck.Shell("sleep 100000")
