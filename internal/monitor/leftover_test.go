@@ -197,14 +197,28 @@ func TestTerminalReopened(t *testing.T) {
 	}
 }
 
+// A podmon whose program has been taken away is replaced by the same program.
+func TestReplacedWithoutItsProgram(t *testing.T) {
+	m := newMachine(t)
+	id, p := m.start("trap 'exit 33' TERM; echo ready; while :; do sleep 0.01; done")
+	m.awaitLog(id, "ready")
+	must(t, os.Rename(podmonBinary, podmonBinary+".away"))
+	defer os.Rename(podmonBinary+".away", podmonBinary)
+	must(t, syscall.Kill(m.podmons()[0], unix.SIGKILL))
+	must(t, m.Signal(t.Context(), id, unix.SIGTERM, false))
+	if e := m.exit(id); e.Code != 33 || !e.Known {
+		t.Errorf("%v ended with %+v, want 33", p, e)
+	}
+}
+
 func TestHealth(t *testing.T) {
 	m := newMachine(t)
 	must(t, m.Health())
 	good := m.Monitor
-	m.hideBinary(func() {
+	m.spoilBinary(func() {
 		must(t, syscall.Kill(m.podmons()[0], unix.SIGKILL))
 		for deadline := time.Now().Add(10 * time.Second); ; {
-			if err := good.Health(); err != nil && strings.Contains(err.Error(), "no such file") {
+			if err := good.Health(); err != nil && strings.Contains(err.Error(), "exec format error") {
 				t.Log(err)
 				break
 			} else if time.Now().After(deadline) {
@@ -217,10 +231,11 @@ func TestHealth(t *testing.T) {
 	must(t, m.Health())
 }
 
-// hideBinary runs f while podmon's program is not there.
-func (m *machine) hideBinary(f func()) {
+// spoilBinary runs f while podmon's program is none.
+func (m *machine) spoilBinary(f func()) {
 	m.t.Helper()
 	must(m.t, os.Rename(podmonBinary, podmonBinary+".away"))
 	defer os.Rename(podmonBinary+".away", podmonBinary)
+	must(m.t, os.WriteFile(podmonBinary, []byte("no program"), 0o755))
 	f()
 }

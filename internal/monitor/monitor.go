@@ -77,6 +77,7 @@ type Monitor struct {
 
 	// upgrading is held while the current podmon changes, not for requests.
 	upgrading sync.Mutex
+	program   *program // nil until it is needed
 
 	mu       sync.Mutex
 	closed   bool
@@ -142,10 +143,11 @@ func New(ctx context.Context, o Options) (_ *Monitor, err error) {
 	if err := m.reconnect(ctx); err != nil {
 		return nil, err
 	}
-	if m.current == nil {
-		if err := m.startPodmon(ctx); err != nil {
-			return nil, err
-		}
+	m.upgrading.Lock()
+	err = m.ensureCurrent(ctx)
+	m.upgrading.Unlock()
+	if err != nil {
+		return nil, err
 	}
 	for _, l := range m.fallen {
 		if err := m.adoptAll(ctx, l); err != nil {
@@ -158,7 +160,10 @@ func New(ctx context.Context, o Options) (_ *Monitor, err error) {
 	for _, dir := range m.remains {
 		m.bury(dir)
 	}
-	if m.outdated() {
+	m.upgrading.Lock()
+	outdated := m.outdated()
+	m.upgrading.Unlock()
+	if outdated {
 		// What does not move stays with the old podmon, which does for it.
 		if err := m.Upgrade(ctx); err != nil {
 			m.log.WithError(err).Warn("replace podmon by the one that is installed")
@@ -184,6 +189,11 @@ func (m *Monitor) Close() error {
 		l.close()
 	}
 	m.events.close()
+	m.upgrading.Lock()
+	if m.program != nil {
+		m.program.sealed.Close()
+	}
+	m.upgrading.Unlock()
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	for id, h := range m.held {

@@ -130,13 +130,12 @@ func (m *Monitor) admit(l *link, current bool) {
 
 // startPodmon starts a podmon and makes it the current one.
 func (m *Monitor) startPodmon(ctx context.Context) error {
-	binary, build, err := seal(m.o.Binary)
+	p, err := m.sealedProgram()
 	if err != nil {
 		return err
 	}
-	defer binary.Close()
 	name := newName()
-	l, err := spawn(ctx, m.o, binary, build, name, filepath.Join(m.o.RunDir, "podmon", name), m.onExit)
+	l, err := spawn(ctx, m.o, p.sealed, p.build, name, filepath.Join(m.o.RunDir, "podmon", name), m.onExit)
 	if err != nil {
 		return err
 	}
@@ -155,10 +154,18 @@ func (m *Monitor) outdated() bool {
 	if current == nil {
 		return false
 	}
+	var st unix.Stat_t
+	err := unix.Stat(m.o.Binary, &st)
+	if err == nil && m.program.isOf(st) {
+		return current.Build != m.program.build || current.SystemdCgroup != m.o.SystemdCgroup
+	}
 	build, err := buildOf(m.o.Binary)
 	if err != nil {
 		m.log.WithError(err).Warn("compare podmon with its program")
 		return false
+	}
+	if current.Build == build {
+		m.borrowProgram(current.Process.PID, build, st)
 	}
 	return current.Build != build || current.SystemdCgroup != m.o.SystemdCgroup
 }

@@ -270,7 +270,16 @@ func (s *steps) failAt(t *testing.T, point, name string, before []func(*subject)
 			s.nothingSince(t, held, "after the failure")
 		}
 	}
-	if err != nil && name == "StartContainer" {
+	// The program may be executed only after the start has been answered: then it ends
+	// as one does that ends at once.
+	late := met && err == nil && point == "init execute"
+	if late {
+		asked(t, "a container whose program cannot be executed ends", func() bool {
+			answer, err := s.n.Runtime.ContainerStatus(s.n.Context(), &cri.ContainerStatusRequest{ContainerId: made.container})
+			return err == nil && answer.Status.State == cri.ContainerState_CONTAINER_EXITED && answer.Status.ExitCode != 0
+		})
+	}
+	if (err != nil || late) && name == "StartContainer" {
 		// It is exited now; a client makes another one.
 		if p, err := firstOf(made.container); err == nil {
 			t.Errorf("after the failure there is %v", p)

@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"sync"
 	"sync/atomic"
@@ -259,22 +260,33 @@ func (s *slot) writing(log unix.Stat_t) {
 	s.setState(slotWriting)
 }
 
-// unfinished returns the slots of a container in a dead podmon's journal that are
-// not idle; a journal that is gone has none.
+// unfinished returns the slots of a container in another podmon's journal that are
+// not idle; a journal that is gone has none. Of the others only the heads are read:
+// each container that is taken over looks, and the journal is that of all.
 func unfinished(path, id string) ([]*slot, error) {
-	b, err := os.ReadFile(path)
+	f, err := os.Open(path)
 	if errors.Is(err, os.ErrNotExist) {
 		return nil, nil
 	}
 	if err != nil {
-		return nil, fmt.Errorf("read journal: %w", err)
+		return nil, fmt.Errorf("open journal: %w", err)
 	}
+	defer f.Close()
 	var found []*slot
-	for ; len(b) >= slotSize; b = b[slotSize:] {
-		s := &slot{mem: b[:slotSize], index: -1}
-		if s.state() != slotIdle && s.string(atID) == id {
-			found = append(found, s)
+	head := &slot{mem: make([]byte, atID+1+maxID), index: -1}
+	for at := int64(0); ; at += slotSize {
+		if _, err := f.ReadAt(head.mem, at); errors.Is(err, io.EOF) {
+			return found, nil
+		} else if err != nil {
+			return nil, fmt.Errorf("read journal: %w", err)
 		}
+		if head.state() == slotIdle || head.string(atID) != id {
+			continue
+		}
+		s := &slot{mem: make([]byte, slotSize), index: -1}
+		if _, err := f.ReadAt(s.mem, at); err != nil {
+			return nil, fmt.Errorf("read journal: %w", err)
+		}
+		found = append(found, s)
 	}
-	return found, nil
 }
