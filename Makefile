@@ -13,6 +13,7 @@ BIN      := $(CURDIR)/bin
 TOOLS    := $(CURDIR)/_artifacts/tools
 PEERS    := $(CURDIR)/_artifacts/peers
 IMAGES   := $(CURDIR)/_artifacts/images
+VM       := $(CURDIR)/_artifacts/vm$(if $(LSM),-$(LSM))
 PREFIX   ?= /usr/local
 DESTDIR  ?=
 ARGS     ?=
@@ -106,16 +107,16 @@ critest-bench: build tools images ## critest's benchmarks; JSON in _artifacts/cr
 	go run ./test/critest -benchmark $(ARGS)
 
 .PHONY: vm
-vm: build tools ## test/pod in a Debian VM: cgroup v2 and systemd, where this machine has neither
+vm: build tools ## test/pod in a Debian VM: cgroup v2, systemd, AppArmor (LSM=selinux: SELinux), which this machine lacks
 	@$(need) $(NEED_VM)
-	@test/vm/disk.sh _artifacts/vm
+	@test/vm/disk.sh $(VM) $(LSM)
 	@payload=$$(mktemp -d) && trap 'rm -rf "$$payload"' EXIT && \
 	mkdir "$$payload/bin" "$$payload/tools" && cp $(BIN)/podshim $(BIN)/podmon "$$payload/bin" && \
 	find $(TOOLS)/ -maxdepth 1 -type f ! -name critest ! -name 'kube*' -exec cp {} "$$payload/tools" \; && \
 	CGO_ENABLED=0 go test -c -ldflags '-s -w' -o "$$payload/pod.test" ./test/pod && \
 	cp test/vm/guest.sh "$$payload" && \
 	printf "DRIVERS='%s' ARGS='%s'\n" '$(or $(DRIVERS),cgroupfs systemd)' '$(ARGS)' >"$$payload/settings" && \
-	test/vm/run.sh _artifacts/vm "$$payload"
+	VM_APPEND='$(if $(LSM),security=$(LSM) selinux=1 enforcing=0)' test/vm/run.sh $(VM) "$$payload"
 
 .PHONY: bench
 bench: build tools peers crio images ## podshim beside containerd and CRI-O: times, memory, CPU (ten minutes)

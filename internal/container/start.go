@@ -3,9 +3,11 @@ package container
 import (
 	"context"
 	"fmt"
+	"os"
 	"time"
 
 	"github.com/containerd/errdefs"
+	"github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/podshim/podshim/internal/flight"
 	"github.com/podshim/podshim/internal/monitor"
@@ -49,18 +51,17 @@ func (m *Manager) start(ctx context.Context, c *Container) error {
 	if _, err := m.Sandboxes.Pod(s); err != nil {
 		return err
 	}
-	if r.Target != nil {
-		target, err := m.Get(r.Target.ID)
-		if err != nil {
-			return fmt.Errorf("target container: %w: %w", errdefs.ErrFailedPrecondition, err)
-		}
-		if err := r.Target.check(target.Get()); err != nil {
-			return err
-		}
-	}
 	oci, err := m.Spec(r.ID)
 	if err != nil {
 		return err
+	}
+	if r.Target != nil {
+		ns, err := m.openTarget(r.Target)
+		if err != nil {
+			return err
+		}
+		defer ns.Close()
+		joinPIDNamespace(oci, ns)
 	}
 	var p monitor.Process
 	err = timeline.Do(ctx, "process (podmon)", func() (err error) {
@@ -82,6 +83,37 @@ func (m *Manager) start(ctx context.Context, c *Container) error {
 	}
 	m.log(r).WithField("pid", p.PID).Info("container is started")
 	return nil
+}
+
+// openTarget opens the PID namespace of a container that runs as the process that
+// it was. The PID may be another's as soon as it has ended; an open namespace is
+// what it is.
+func (m *Manager) openTarget(t *Target) (*os.File, error) {
+	target, err := m.Get(t.ID)
+	if err != nil {
+		return nil, fmt.Errorf("target container: %w: %w", errdefs.ErrFailedPrecondition, err)
+	}
+	ns, openErr := os.Open(t.namespace())
+	// After the namespace was opened: who lives now had the PID then.
+	err = t.check(target.Get())
+	if err == nil && openErr != nil {
+		err = fmt.Errorf("target container: %w", openErr)
+	}
+	if err != nil {
+		_ = ns.Close() // nil, or nothing was done with it
+		return nil, err
+	}
+	return ns, nil
+}
+
+// joinPIDNamespace has the container join an open namespace, by way of this
+// process's descriptor.
+func joinPIDNamespace(oci *specs.Spec, ns *os.File) {
+	for i := range oci.Linux.Namespaces {
+		if n := &oci.Linux.Namespaces[i]; n.Type == specs.PIDNamespace {
+			n.Path = fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), ns.Fd())
+		}
+	}
 }
 
 // startFailed makes a container that could not be started Exited, and gives back

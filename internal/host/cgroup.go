@@ -60,7 +60,7 @@ func (r *reader) driver(want string) error {
 		r.say("SystemdCgroup", false, "configured")
 	case DriverSystemd:
 		if !booted {
-			return fmt.Errorf("cgroup driver systemd: PID 1 is not systemd: %w", errdefs.ErrFailedPrecondition)
+			return fmt.Errorf("cgroup driver systemd: PID 1 is not systemd; set cgroup.driver to \"cgroupfs\", and kubelet's cgroupDriver with it: %w", errdefs.ErrFailedPrecondition)
 		}
 		r.host.SystemdCgroup = true
 		r.say("SystemdCgroup", true, "configured")

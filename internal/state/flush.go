@@ -66,7 +66,7 @@ var errBusy = errors.New("database is locked")
 
 // readDatabase opens the database and loads its records.
 func (s *Store) readDatabase(path string) error {
-	return guarded(path, s.load)
+	return guarded(path, bolt.Options{Timeout: time.Second, FreelistType: bolt.FreelistMapType}, s.load)
 }
 
 // load reads the records of a database and makes it the Store's.

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"runtime/debug"
 	"strings"
 
 	bolt "go.etcd.io/bbolt"
@@ -118,37 +117,27 @@ func Inspect(cfg Config) (map[Kind]map[string][]byte, []Damage, error) {
 }
 
 // eachInDatabase calls f for every record of a database that may be missing or just
-// made. bbolt panics on some kinds of damage; that is an error here.
-func eachInDatabase(path string, f func(path string, k key, raw []byte)) (err error) {
+// made.
+func eachInDatabase(path string, f func(path string, k key, raw []byte)) error {
 	if st, err := os.Stat(path); errors.Is(err, os.ErrNotExist) || err == nil && st.Size() == 0 {
 		return nil
 	}
-	// A truncated file faults where bbolt has mapped more than there is.
-	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
-	defer func() {
-		if p := recover(); p != nil {
-			err = fmt.Errorf("read %s: %v", path, p)
-		}
-	}()
-	db, err := bolt.Open(path, 0o600, &bolt.Options{ReadOnly: true, Timeout: retryFlush})
-	if err != nil {
-		return err
-	}
-	defer db.Close()
-	return db.View(func(tx *bolt.Tx) error {
-		for _, kind := range kinds {
-			b := tx.Bucket([]byte(kind))
-			if b == nil {
-				continue
+	return guarded(path, bolt.Options{ReadOnly: true, Timeout: retryFlush}, func(db *bolt.DB) error {
+		return errors.Join(db.View(func(tx *bolt.Tx) error {
+			for _, kind := range kinds {
+				b := tx.Bucket([]byte(kind))
+				if b == nil {
+					continue
+				}
+				err := b.ForEach(func(id, raw []byte) error {
+					f(path, key{kind, string(id)}, raw)
+					return nil
+				})
+				if err != nil {
+					return err
+				}
 			}
-			err := b.ForEach(func(id, raw []byte) error {
-				f(path, key{kind, string(id)}, raw)
-				return nil
-			})
-			if err != nil {
-				return err
-			}
-		}
-		return nil
+			return nil
+		}), db.Close())
 	})
 }

@@ -12,7 +12,7 @@ import (
 // Probe reads all of a bbolt database. The error tells why it cannot be read, and is
 // errBusy, as Busy tells, when another process has it open.
 func Probe(path string) error {
-	return guarded(path, func(db *bolt.DB) error {
+	return guarded(path, bolt.Options{Timeout: time.Second, FreelistType: bolt.FreelistMapType}, func(db *bolt.DB) error {
 		return errors.Join(db.View(func(tx *bolt.Tx) error {
 			return tx.ForEach(func(_ []byte, b *bolt.Bucket) error { return walk(b) })
 		}), db.Close())
@@ -33,7 +33,7 @@ func walk(b *bolt.Bucket) error {
 
 // guarded opens a database for f. bbolt panics or faults on some kinds of damage;
 // that is an error here, after which the database is closed.
-func guarded(path string, f func(*bolt.DB) error) (err error) {
+func guarded(path string, opts bolt.Options, f func(*bolt.DB) error) (err error) {
 	var db *bolt.DB
 	// A truncated file faults where bbolt has mapped more than there is.
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
@@ -45,10 +45,7 @@ func guarded(path string, f func(*bolt.DB) error) (err error) {
 			err = errors.Join(err, db.Close())
 		}
 	}()
-	db, err = bolt.Open(path, 0o600, &bolt.Options{
-		Timeout:      time.Second,
-		FreelistType: bolt.FreelistMapType,
-	})
+	db, err = bolt.Open(path, 0o600, &opts)
 	if errors.Is(err, bolt.ErrTimeout) {
 		return errBusy
 	}

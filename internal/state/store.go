@@ -147,20 +147,6 @@ func (s *Store) Take(kind Kind) map[string][]byte {
 	return all
 }
 
-// Lost tells whether the thing called id, which no record knows, may be what a
-// damaged record stood for: then it may run, and has to be left alone.
-func (s *Store) Lost(id string) bool {
-	if s.any {
-		return true
-	}
-	for _, kind := range kinds {
-		if s.lost[key{kind, id}] {
-			return true
-		}
-	}
-	return false
-}
-
 // Damage returns the IDs of the lost records of a kind, and whether there may be
 // more of them.
 func (s *Store) Damage(kind Kind) (ids []string, more bool) {

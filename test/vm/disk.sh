@@ -51,9 +51,12 @@ cp "$root"/boot/initrd.img-* "$dir/initrd.img"
 rm -rf "$root"/var/cache/apt/archives/*.deb
 if [ "$lsm" = selinux ]; then
 	printf 'SELINUX=permissive\nSELINUXTYPE=default\n' >"$root/etc/selinux/config"
-	# Labels are attributes of files: they go into the disk's file system with them.
+	cp "${0%/*}/containers.cil" "$root/tmp"
 	rm -f "$root/initrd.img.old" "$root/vmlinuz.old" # links to nothing cannot be labelled
-	chroot "$root" setfiles -F /etc/selinux/default/contexts/files/file_contexts /
+	# Labels are attributes of files: they go into the disk's file system with them.
+	unshare --mount sh -ec 'mount -t proc proc "$1/proc"
+		chroot "$1" semodule -n -s default -i /tmp/containers.cil
+		exec chroot "$1" setfiles -F -e /proc /etc/selinux/default/contexts/files/file_contexts /' sh "$root"
 fi
 truncate -s 4G "$work/system.ext4"
 mkfs.ext4 -q -d "$root" "$work/system.ext4"

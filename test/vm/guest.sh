@@ -5,7 +5,7 @@ export HOME=/root PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/
 export PODSHIM_TEST_PATIENCE=5
 export PODSHIM_BIN_DIR=/payload/bin PODSHIM_TOOLS_DIR=/payload/tools
 . /payload/settings
-echo "vm: $(uname -r), cgroup $(stat -fc %T /sys/fs/cgroup), AppArmor $(cat /sys/module/apparmor/parameters/enabled), $(systemctl --version | head -n 1)"
+echo "vm: $(uname -r), cgroup $(stat -fc %T /sys/fs/cgroup), AppArmor $(cat /sys/module/apparmor/parameters/enabled), SELinux $(cat /sys/fs/selinux/enforce 2>/dev/null || echo off), $(systemctl --version | head -n 1)"
 /payload/bin/podshim check --root /tmp/check-root --run /tmp/check-run
 for driver in $DRIVERS; do
 	echo "vm: test/pod with the $driver driver"
