@@ -77,6 +77,11 @@ func (c *Container) adopt(ctx context.Context, files *wire.Message) (err error) 
 	if c.lc, err = libcontainer.Load(c.m.stateRoot(), c.ID); err != nil && !errors.Is(err, libcontainer.ErrNotExist) {
 		return fmt.Errorf("load: %w", err)
 	}
+	if c.lc != nil {
+		if err := c.hideCgroups(); err != nil {
+			return fmt.Errorf("load: %w", err)
+		}
+	}
 	if c.pidfd = files.File(wire.FilePidfd); c.pidfd == nil {
 		c.pidfd, err = openPidfd(c.rec.Process)
 		if err != nil && !errors.Is(err, unix.ESRCH) {

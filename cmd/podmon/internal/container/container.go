@@ -107,6 +107,8 @@ type Container struct {
 	// starts a process in a destroyed container without any namespace, that is,
 	// on the host.
 	lc *libcontainer.Container
+	// hidden is lc's list of its cgroups, empty but for a moment; see hideCgroups.
+	hidden map[string]string
 
 	killBy time.Time   // watch's own: when killing leftovers ends
 	killed atomic.Bool // podmon has sent SIGKILL
@@ -464,6 +466,7 @@ func (c *Container) clear(lc *libcontainer.Container) bool {
 	}
 	destroy := c.cgroup.Destroy
 	if lc != nil {
+		c.showCgroups()
 		destroy = lc.Destroy
 	}
 	if err := destroy(); err != nil {

@@ -91,7 +91,11 @@ func (c *Container) runExec(process *libcontainer.Process) error {
 	if c.lc == nil || c.ended() {
 		return wire.Errorf(wire.ClassPrecondition, "exec: container %s has exited", c.ID)
 	}
-	if err := c.lc.Run(process); err != nil {
+	settle, err := c.join(process, false)
+	if err != nil {
+		return err
+	}
+	if err := settle(c.lc.Run(process)); err != nil {
 		err, known := classify("exec", err)
 		if !known {
 			c.m.reaper.look()

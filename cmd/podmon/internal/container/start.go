@@ -69,6 +69,7 @@ func (c *Container) start(r wire.StartRequest) (err error) {
 	defer func() {
 		if err != nil {
 			c.handles.close()
+			c.showCgroups()
 			derr := c.lc.Destroy()
 			clean = derr == nil
 			err = errors.Join(err, derr)
@@ -79,7 +80,7 @@ func (c *Container) start(r wire.StartRequest) (err error) {
 		return err
 	}
 	defer ends.close()
-	if err := c.lc.Run(process); err != nil {
+	if err := c.run(process); err != nil {
 		c.terminate(process)
 		c.endFifoWait()
 		err, known := classify("start", err)

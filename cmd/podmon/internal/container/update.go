@@ -31,6 +31,8 @@ func (c *Container) Update(r *specs.LinuxResources, adj *int) error {
 	if c.lc == nil {
 		return wire.Errorf(wire.ClassNotFound, "update: container %s has exited", c.ID)
 	}
+	c.showCgroups()
+	defer func() { clear(c.hidden) }()
 	config := c.lc.Config()
 	cgroup := *config.Cgroups
 	before := *cgroup.Resources

@@ -1,0 +1,130 @@
+package container
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"os"
+
+	"github.com/opencontainers/cgroups"
+	"github.com/opencontainers/cgroups/manager"
+	"github.com/opencontainers/runc/libcontainer"
+	"github.com/opencontainers/runc/libcontainer/configs"
+
+	"github.com/podshim/podshim/cmd/podmon/internal/join"
+)
+
+// joins tells whether processes join the container's cgroups by themselves (package
+// join). Otherwise libcontainer moves them: cgroup v2 has no need, and systemd wants to
+// be asked.
+func (c *Container) joins() bool {
+	return !c.rec.Systemd && !cgroups.IsCgroup2UnifiedMode()
+}
+
+// hideCgroups keeps libcontainer from moving processes into cgroups: its manager goes by
+// the map of paths that State returns. Nothing else of libcontainer that looks at cgroups
+// works then. The caller has the container for itself, or holds life for writing.
+func (c *Container) hideCgroups() error {
+	if !c.joins() {
+		return nil
+	}
+	state, err := c.lc.State()
+	if err != nil {
+		return err
+	}
+	c.hidden = state.CgroupPaths
+	clear(c.hidden)
+	return nil
+}
+
+// showCgroups undoes hideCgroups, for Set and Destroy. It needs the same of the caller.
+func (c *Container) showCgroups() {
+	if c.hidden != nil {
+		maps.Copy(c.hidden, c.rec.CgroupPaths)
+	}
+}
+
+// run starts PID 1: in its cgroups from its first instruction on, and its program when
+// these have the container's limits.
+func (c *Container) run(process *libcontainer.Process) error {
+	config := c.lc.Config()
+	if !c.joins() {
+		return c.lc.Run(process)
+	}
+	// These hooks see, and may change, what libcontainer has set before.
+	if config.HasHook(configs.Prestart, configs.CreateRuntime, configs.CreateContainer, configs.Poststart) {
+		if err := c.lc.Run(process); err != nil {
+			return err
+		}
+		return c.hideCgroups()
+	}
+	if err := makeCgroups(config.Cgroups, c.rec.CgroupPaths); err != nil {
+		return fmt.Errorf("make cgroups: %w", err)
+	}
+	if err := c.startInit(process); err != nil {
+		return err
+	}
+	// The program waits for Exec: podmon's own work there is under no limit.
+	if err := c.lc.Set(config); err != nil {
+		return fmt.Errorf("set limits: %w", err)
+	}
+	if err := c.hideCgroups(); err != nil {
+		return err
+	}
+	return c.lc.Exec()
+}
+
+// makeCgroups makes the cgroups and puts nothing into them.
+func makeCgroups(config *cgroups.Cgroup, paths map[string]string) error {
+	own := *config
+	cg, err := manager.NewWithPaths(&own, maps.Clone(paths))
+	if err != nil {
+		return err
+	}
+	return cg.Apply(-1)
+}
+
+// startInit starts "podmon init" as PID 1. libcontainer has no cgroup meanwhile and is
+// told to make do without; afterwards it has them again.
+func (c *Container) startInit(process *libcontainer.Process) error {
+	settings := c.lc.Config().Cgroups
+	wanted := *settings
+	settle, err := c.join(process, true)
+	if err != nil {
+		return err
+	}
+	if err := c.hideCgroups(); err != nil {
+		return settle(err)
+	}
+	settings.Rootless, settings.Resources = true, &cgroups.Resources{}
+	err = settle(c.lc.Start(process))
+	*settings = wanted
+	c.showCgroups()
+	if err == nil {
+		return nil
+	}
+	if kills, counted := c.oomKills(); counted && kills > 0 {
+		err = fmt.Errorf("the OOM killer has ended it (pod's memory limit too low?): %w", err)
+	}
+	return err
+}
+
+// join has a process that is about to be started join the container's cgroups. The
+// returned function takes the result of the start, reaps, and adds what went wrong.
+func (c *Container) join(process *libcontainer.Process, init bool) (settle func(error) error, err error) {
+	if !c.joins() {
+		return func(err error) error { return err }, nil
+	}
+	order, err := join.NewOrder(c.rec.CgroupPaths, init)
+	if err != nil {
+		return nil, err
+	}
+	process.ExtraFiles = []*os.File{order.File()}
+	return func(err error) error {
+		process.ExtraFiles = nil
+		if moved := order.Settle(err != nil); !moved && err == nil {
+			return errors.New("the process has not joined its cgroups")
+		}
+		return err
+	}, nil
+}

@@ -1,0 +1,114 @@
+// The part of package join that runs in "podmon init", before libcontainer's C code,
+// which is before Go: one thread, still in the host's namespaces.
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/sched.h>
+#include <signal.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#ifndef CLONE_INTO_CGROUP
+#define CLONE_INTO_CGROUP 0x200000000ULL
+#endif
+
+// Descriptor and file that Order makes; see there for what is in it.
+#define ORDER 3
+#define ORDER_LINK "/memfd:podmon-cgroups (deleted)"
+
+// libcontainer reads the log pipe and makes its lines the error of the start.
+static void fail(const char *attempt, const char *path)
+{
+	char line[8192];
+	const char *pipe = getenv("_LIBCONTAINER_LOGPIPE");
+	int n = snprintf(line, sizeof(line), "{\"level\":\"error\",\"msg\":\"%s ", attempt);
+	for (; *path && n < 6000; path++)
+		line[n++] = (*path == '"' || *path == '\\' || (unsigned char)*path < ' ') ? '?' : *path;
+	n += snprintf(line + n, sizeof(line) - n, ": %s\"}\n", strerror(errno));
+	if (pipe && write(atoi(pipe), line, n) < 0)
+		_exit(2);
+	_exit(1);
+}
+
+static int put(const char *path, const char *value)
+{
+	int fd = open(path, O_WRONLY | O_CLOEXEC);
+	if (fd < 0)
+		return -1;
+	ssize_t n = write(fd, value, strlen(value));
+	int saved = errno;
+	close(fd);
+	errno = saved;
+	return n < 0 ? -1 : 0;
+}
+
+// tell writes what podmon waits for to the beginning of the order.
+static void tell(int32_t pid)
+{
+	if (pwrite(ORDER, &pid, sizeof(pid), 0) != sizeof(pid))
+		fail("note the move to", "cgroups");
+}
+
+// enter goes on as a child that is born in the cgroup v2 directory. The parent is podmon,
+// whom libcontainer's processes must be children of. True when told.
+static int enter(const char *dir)
+{
+	struct clone_args args = {.flags = CLONE_INTO_CGROUP | CLONE_PARENT};
+	int fd = open(dir, O_PATH | O_DIRECTORY | O_CLOEXEC);
+	if (fd < 0)
+		return -1;
+	args.cgroup = fd;
+	long pid = syscall(SYS_clone3, &args, sizeof(args));
+	if (pid > 0) {
+		tell(pid);
+		_exit(0);
+	}
+	close(fd);
+	if (pid == 0)
+		return 1;
+	// A kernel before 5.7, or a seccomp profile around podmon: the slow way.
+	char path[4096];
+	snprintf(path, sizeof(path), "%s/cgroup.procs", dir);
+	return put(path, "0");
+}
+
+// The priority puts it before libcontainer's constructor, which has none.
+void __attribute__((constructor(101))) podmon_join(void)
+{
+	static char order[64 << 10];
+	char link[sizeof(ORDER_LINK) + 1];
+
+	if (!getenv("_LIBCONTAINER_INITPIPE"))
+		return; // not "podmon init"
+	ssize_t n = readlink("/proc/self/fd/3", link, sizeof(link));
+	if (n != sizeof(ORDER_LINK) - 1 || memcmp(link, ORDER_LINK, n))
+		return; // no order: libcontainer moves the process
+	// It keeps its number taken, and is closed by the container's program.
+	if (fcntl(ORDER, F_SETFD, FD_CLOEXEC) < 0)
+		fail("close on exec", "the list of cgroups");
+	n = pread(ORDER, order, sizeof(order) - 1, 0);
+	if (n < 5) {
+		errno = n < 0 ? errno : EINVAL;
+		fail("read", "the list of cgroups");
+	}
+	int told = 0;
+	for (char *entry = order + 5; entry < order + n; entry += strlen(entry) + 1) {
+		int rc = *entry == 'U' ? enter(entry + 1) : put(entry + 1, "0");
+		if (rc < 0 && *entry == 't')
+			fail("join", entry + 1);
+		told |= rc > 0;
+	}
+	if (order[4] == 'r') {
+		// All CPUs that the cpuset allows: podmon's own affinity is not the container's.
+		static unsigned char all[8 << 10];
+		memset(all, 0xff, sizeof(all));
+		if (syscall(SYS_sched_setaffinity, 0, sizeof(all), all) < 0)
+			fail("take", "the CPUs of the cpuset");
+	}
+	if (!told)
+		tell(-1);
+}
