@@ -80,7 +80,8 @@ func run(args []string) error {
 	if err != nil {
 		return err
 	}
-	l, err := s.Listen(filepath.Join(runDir, "podmon", instance))
+	dir := filepath.Join(runDir, "podmon", instance)
+	l, err := s.Listen(dir)
 	if err != nil {
 		return err
 	}
@@ -88,7 +89,7 @@ func run(args []string) error {
 		return fmt.Errorf("tell that podmon is ready: %w", err)
 	}
 	served := make(chan error, 1)
-	go func() { served <- s.Serve(l) }()
+	go func() { served <- s.Guard(l, dir) }()
 	return <-served
 }
 

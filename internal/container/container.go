@@ -99,6 +99,9 @@ type Record struct {
 	Failed bool `json:"failed,omitempty"`
 	// Unended: Start failed, and what it started could not be ended yet.
 	Unended bool `json:"unended,omitempty"`
+	// Kept is as much of the OCI spec as a running container needs, as JSON, for when
+	// somebody has emptied the run directory: the process and the limits.
+	Kept json.RawMessage `json:"kept,omitempty"`
 	// Target is the container whose PID namespace is joined in PID mode TARGET,
 	// with its process: a PID alone may be another's by the time of Start.
 	Target *Target `json:"target,omitempty"`

@@ -238,7 +238,12 @@ func (m *Manager) build(ctx context.Context, c *Container, pod spec.Pod, handler
 	if err := m.saveSpec(r.ID, oci); err != nil {
 		return err
 	}
+	kept, err := keptOf(oci)
+	if err != nil {
+		return err
+	}
 	return m.all.Move(c, Created, func(r *Record) {
+		r.Kept = kept
 		r.CgroupsPath = oci.Linux.CgroupsPath
 		r.User = oci.Process.User
 		r.StopSignal = spec.StopSignal(r.Config, img.Config)
@@ -347,9 +352,23 @@ func (m *Manager) saveSpec(id string, oci *specs.Spec) error {
 	return nil
 }
 
-// Spec returns the OCI description a container was made with.
+// keptOf is what Record.Kept has of a spec.
+func keptOf(oci *specs.Spec) (json.RawMessage, error) {
+	kept := specs.Spec{Version: oci.Version, Process: oci.Process, Linux: &specs.Linux{CgroupsPath: oci.Linux.CgroupsPath, Resources: oci.Linux.Resources}}
+	raw, err := json.Marshal(kept)
+	if err != nil {
+		return nil, fmt.Errorf("encode spec: %w", err)
+	}
+	return raw, nil
+}
+
+// Spec returns the OCI description a container was made with, or what is kept of it
+// when its file is gone and the container runs.
 func (m *Manager) Spec(id string) (*specs.Spec, error) {
 	raw, err := os.ReadFile(m.specPath(id))
+	if c := m.all.Exact(id); errors.Is(err, os.ErrNotExist) && c != nil && c.Get().State == Running && c.Get().Kept != nil {
+		raw, err = c.Get().Kept, nil
+	}
 	if err != nil {
 		return nil, fmt.Errorf("read spec of container %s: %w", id, err)
 	}

@@ -50,7 +50,12 @@ func (m *Manager) UpdateResources(ctx context.Context, id string, want *runtime.
 	if err := m.saveSpec(r.ID, oci); err != nil {
 		return err
 	}
+	kept, err := keptOf(oci)
+	if err != nil {
+		return err
+	}
 	return m.all.Update(c, func(r *Record) {
+		r.Kept = kept
 		r.Resources = merge(r.CurrentResources(), want)
 		if m := resources.Memory; m != nil && m.Swap != nil && r.Resources.GetMemorySwapLimitInBytes() != 0 {
 			r.Resources.MemorySwapLimitInBytes = *m.Swap // moved with the memory limit

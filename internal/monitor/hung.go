@@ -19,12 +19,15 @@ import (
 
 // killFound makes sure that the podmon of a directory is dead, whether or not it
 // can be talked to, and returns when it is. Who it is it has written there itself,
-// before it listened.
-func killFound(ctx context.Context, dir string) error {
+// before it listened; seen is what the kernel says, if anything.
+func killFound(ctx context.Context, dir string, seen Process) error {
 	l := &link{}
 	var err error
 	if l.Process, err = processIn(dir); errors.Is(err, fs.ErrNotExist) {
-		return nil // it never listened
+		if seen.PID == 0 {
+			return nil // it never listened
+		}
+		l.Process, err = seen, nil
 	}
 	if err != nil {
 		return err

@@ -37,6 +37,15 @@ const (
 // would read the same output.
 func (m *Monitor) reconnect(ctx context.Context) error {
 	root := filepath.Join(m.o.RunDir, "podmon")
+	alive, err := findPodmons(m.o.RunDir)
+	if err != nil {
+		return fmt.Errorf("look for podmons: %w", err)
+	}
+	for name, p := range alive {
+		if err := awaitSocket(ctx, filepath.Join(root, name), p); err != nil {
+			m.log.WithError(err).WithField("podmon", name).Error("podmon runs without its socket")
+		}
+	}
 	entries, err := os.ReadDir(root)
 	if err != nil {
 		return err
@@ -55,7 +64,7 @@ func (m *Monitor) reconnect(ctx context.Context) error {
 			return ctx.Err()
 		}
 		m.log.WithError(err).WithField("podmon", e.Name()).Info("podmon is gone")
-		if err := killFound(ctx, dir); err != nil {
+		if err := killFound(ctx, dir, alive[e.Name()]); err != nil {
 			return fmt.Errorf("podmon %s does not answer: %w", e.Name(), err)
 		}
 		if l != nil {

@@ -1,14 +1,18 @@
 package fault
 
 import (
+	"context"
+	"errors"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/moby/sys/mountinfo"
 	bolt "go.etcd.io/bbolt"
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -293,19 +297,104 @@ func TestLayerDamagedByAPowerCut(t *testing.T) {
 	pod.Run([]string{"true"}).WaitExit()
 }
 
-// Somebody empties the run directory while pods run, mounts aside, which cannot be
-// deleted. The containers run on, and what is known of them in the root directory is
-// enough to remove them.
+// empty deletes all files of the run directory but what is in mounts, and podmon's
+// directories as well.
+func empty(t *testing.T, n *harness.Node) {
+	t.Helper()
+	find := exec.Command("find", n.RunDir, "-xdev", "-mindepth", "1", "-not", "-path", "*/rootfs", "-not", "-path", "*/shm", "-type", "f,s,p,l", "-delete")
+	if out, err := find.CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	// podmon may write already what is being deleted.
+	if err := os.RemoveAll(filepath.Join(n.RunDir, "monitor")); err != nil && !errors.Is(err, unix.ENOTEMPTY) {
+		t.Fatal(err)
+	}
+}
+
+// Somebody empties the run directory while the daemon is away, mounts aside, which
+// cannot be deleted. podmon writes anew what others need of it, the daemon has the rest
+// in the root directory: nothing is lost, also not when podmon is replaced after that.
 func TestEmptiedRunDirectory(t *testing.T) {
 	harness.NeedRoot(t)
 	t.Parallel()
 	n := start(t, harness.Options{})
 	h := hold(t, n)
+	writes := h.pod.Shell(counter(""))
+	ends := h.pod.Shell("read x; echo got $x; exit 21", func(c *cri.ContainerConfig) { c.Stdin = true })
+	process := writes.Process()
 	n.Stop()
-	empty := exec.Command("find", n.RunDir, "-xdev", "-mindepth", "1", "-not", "-path", "*/rootfs", "-not", "-path", "*/shm", "-type", "f,s,p,l", "-delete")
-	if out, err := empty.CombinedOutput(); err != nil {
-		t.Fatalf("%v: %s", err, out)
+	empty(t, n)
+	n.Resume()
+	h.untouched(t)
+	for _, podmon := range []string{"the same", "another"} {
+		if podmon == "another" {
+			old := n.Podmon()
+			if err := old.Kill(unix.SIGKILL); err != nil {
+				t.Fatal(err)
+			}
+			untilDone(t, n, "exec", func(ctx context.Context) error {
+				_, err := n.Runtime.ExecSync(ctx, &cri.ExecSyncRequest{ContainerId: h.c.ID, Cmd: []string{"true"}})
+				return err
+			})
+			if n.Podmon().PID == old.PID {
+				t.Errorf("podmon %v is not replaced", old)
+			}
+		}
+		if got := h.c.Output("echo", "works"); got != "works" {
+			t.Errorf("%s podmon: exec says %q", podmon, got)
+		}
+		if now := writes.Process(); now.PID != process.PID || now.StartTime != process.StartTime {
+			t.Errorf("%s podmon: %v has become %v", podmon, process, now)
+		}
+		if s := h.pod.Status(); s.State != cri.PodSandboxState_SANDBOX_READY {
+			t.Errorf("%s podmon: the pod is %v", podmon, s.State)
+		}
+		limits := &cri.LinuxContainerResources{CpuShares: 512}
+		if _, err := n.Runtime.UpdateContainerResources(n.Context(), &cri.UpdateContainerResourcesRequest{ContainerId: h.c.ID, Linux: limits}); err != nil {
+			t.Errorf("%s podmon: update: %v", podmon, err)
+		}
+		hold(t, n)
 	}
+	s, err := attach(n.Context(), n, ends.ID, true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	if err := s.write("input\n"); err != nil {
+		t.Fatal(err)
+	}
+	if s := ends.WaitExit(); s.ExitCode != 21 || ends.LogText("stdout") != "got input\n" {
+		t.Errorf("the reader ended with %d, and has written %q", s.ExitCode, ends.LogText("stdout"))
+	}
+	writes.Stop(30 * time.Second)
+	if s := writes.Status(); s.ExitCode != 33 {
+		t.Errorf("the writer ended with %d, want 33", s.ExitCode)
+	}
+	if got := counted(t, writes.LogPath(), "stdout"); len(got.notes) > 0 {
+		t.Errorf("notes in the log: %q", got.notes)
+	}
+	if err := h.pod.StopAndRemove(); err != nil {
+		t.Fatal(err)
+	}
+	h.gone(t)
+}
+
+// The same, and podmon has gone too: nobody knows the containers any more. They run on,
+// and what is known of them in the root directory is enough to remove them.
+func TestEmptiedRunDirectoryWithoutPodmon(t *testing.T) {
+	harness.NeedRoot(t)
+	t.Parallel()
+	n := start(t, harness.Options{})
+	h := hold(t, n)
+	podmon := n.Podmon()
+	n.Stop()
+	if err := podmon.Kill(unix.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	if err := podmon.WaitGone(harness.Limit); err != nil {
+		t.Fatal(err)
+	}
+	empty(t, n)
 	n.Resume()
 	n.WaitLog("podmon has lost it", h.c.ID)
 	if !h.infra.Alive() || !h.process.Alive() {

@@ -78,11 +78,16 @@ func (s *Server) sign(dir string) error {
 	return os.Rename(path+".new", path)
 }
 
-// Serve answers connections until this podmon is retired.
+// Serve answers connections until this podmon is retired, or l is closed.
 func (s *Server) Serve(l *net.UnixListener) error {
+	done := make(chan struct{})
+	defer close(done)
 	go func() {
-		<-s.retired
-		l.Close()
+		select {
+		case <-s.retired:
+			l.Close()
+		case <-done:
+		}
 	}()
 	for {
 		c, err := l.AcceptUnix()
@@ -273,6 +278,7 @@ var handlers = map[string]handler{
 }
 
 func (ss *session) hello(_ context.Context, _, _ *wire.Message) (any, error) {
+	ss.s.keepFiles()
 	return wire.Hello{
 		Version: wire.Version, Process: ss.s.self,
 		ExitInfo: container.KeepsExitInfo(), Containers: ss.s.m.List(),

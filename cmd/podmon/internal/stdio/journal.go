@@ -39,6 +39,7 @@ type Journal struct {
 	holes []int64 // indexes of slots without
 	slots int64
 	seq   uint64
+	era   int // counts the files
 }
 
 // States of a slot.
@@ -77,6 +78,7 @@ const (
 type slot struct {
 	mem   []byte
 	index int64 // in the journal; -1 is not in it
+	era   int   // of the journal's file
 	// look is a pipe to see in what another one holds, made when it is first needed.
 	// Its own: a container can hold up who looks into its output (a write to a pipe
 	// keeps the pipe locked while it waits for the memory that it is from).
@@ -132,7 +134,37 @@ func (j *Journal) grow() *slot {
 	} else {
 		j.holes = j.holes[:len(j.holes)-1]
 	}
-	return &slot{mem: mem, index: index}
+	return &slot{mem: mem, index: index, era: j.era}
+}
+
+// Keep goes on in a new file when the one at path is gone. What is underway at that
+// moment is in the old one, which a successor will not find.
+func (j *Journal) Keep(path string) error {
+	if _, err := os.Lstat(path); !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	next, err := NewJournal(path)
+	if err != nil {
+		return err
+	}
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	for _, s := range j.free {
+		s.drop()
+	}
+	j.f.Close()
+	j.f, j.free, j.holes, j.slots, j.era = next.f, nil, nil, 0, j.era+1
+	return nil
+}
+
+// drop gives a slot's memory back; false when it cannot be.
+func (s *slot) drop() bool {
+	if s.look != noPipe {
+		unix.Close(s.look[0])
+		unix.Close(s.look[1])
+		s.look = noPipe
+	}
+	return unix.Munmap(s.mem) == nil
 }
 
 // put takes a slot back; the memory of more than a few is given back.
@@ -143,16 +175,15 @@ func (j *Journal) put(s *slot) {
 	}
 	j.mu.Lock()
 	defer j.mu.Unlock()
+	if s.era != j.era {
+		s.drop()
+		return
+	}
 	if len(j.free) < keepSlots {
 		j.free = append(j.free, s)
 		return
 	}
-	if s.look != noPipe {
-		unix.Close(s.look[0])
-		unix.Close(s.look[1])
-		s.look = noPipe
-	}
-	if unix.Munmap(s.mem) == nil {
+	if s.drop() {
 		_ = unix.Fallocate(int(j.f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, s.index*slotSize, slotSize)
 		j.holes = append(j.holes, s.index)
 	}
