@@ -10,7 +10,6 @@ import (
 
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/core/snapshots/storage"
-	"github.com/containerd/continuity/fs"
 	"github.com/opencontainers/go-digest"
 )
 
@@ -105,20 +104,10 @@ func (s *Store) commitBatch(ctx context.Context, batch []*staged) (err error) {
 	if err := s.inheritAll(ctx, batch); err != nil {
 		return err
 	}
-	// Measured before the transaction: the snapshotter's own Commit walks the layer
-	// inside it, and every CreateContainer would wait.
-	usage := make([]snapshots.Usage, len(batch))
-	for i, st := range batch {
-		du, err := fs.DiskUsage(ctx, st.dir)
-		if err != nil {
-			return fmt.Errorf("measure layer: %w", err)
-		}
-		usage[i] = snapshots.Usage(du)
-	}
 	var moved []string
 	err = s.meta.WithTransaction(ctx, true, func(ctx context.Context) error {
-		for i, st := range batch {
-			dir, err := s.adopt(ctx, st, usage[i])
+		for _, st := range batch {
+			dir, err := s.adopt(ctx, st)
 			if dir != "" {
 				moved = append(moved, dir)
 			}
@@ -158,7 +147,7 @@ func (s *Store) discardMoved(ctx context.Context, dirs []string) {
 // adopt records a staged layer as a committed snapshot and moves it to where the
 // snapshotter looks for it, dir, which is "" when it has not come so far. Nobody
 // else commits this layer: the caller has its job.
-func (s *Store) adopt(ctx context.Context, st *staged, usage snapshots.Usage) (dir string, err error) {
+func (s *Store) adopt(ctx context.Context, st *staged) (dir string, err error) {
 	key := stagePrefix + st.layer.chain.String()
 	sn, err := storage.CreateSnapshot(ctx, snapshots.KindActive, key, st.layer.parent.String())
 	if err != nil {
@@ -168,7 +157,7 @@ func (s *Store) adopt(ctx context.Context, st *staged, usage snapshots.Usage) (d
 		return "", err
 	}
 	dir = s.snapshotDir(sn.ID)
-	if _, err := storage.CommitActive(ctx, key, st.layer.chain.String(), usage); err != nil {
+	if _, err := storage.CommitActive(ctx, key, st.layer.chain.String(), st.usage); err != nil {
 		return dir, err
 	}
 	return dir, nil

@@ -13,6 +13,7 @@ import (
 	"strings"
 	"syscall"
 
+	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/errdefs"
 )
 
@@ -38,42 +39,53 @@ func (e listed) line(path string) string {
 	return fmt.Sprintf("%x %d %x %q\n", e.kind, e.size, e.sum, path)
 }
 
-// look makes the entry of what is at path. sums has what is known of files with
-// several names; without it no file is read, and its checksum is 0.
-func look(path string, sums map[uint64]uint32) (listed, error) {
-	info, err := os.Lstat(path)
-	if err != nil {
-		return listed{}, err
+// looker makes entries of what is below root.
+type looker struct {
+	root  string
+	known *sums             // from unpacking; may be nil
+	blind bool              // no file is read, its checksum is 0
+	links map[uint64]uint32 // checksums of files with several names, by inode
+}
+
+func newLooker(root string, known *sums) *looker {
+	return &looker{root: root, known: known, links: map[uint64]uint32{}}
+}
+
+// look makes the entry of what is at root/name.
+func (l *looker) look(name string) (e listed, st syscall.Stat_t, err error) {
+	path := filepath.Join(l.root, name)
+	if err := syscall.Lstat(path, &st); err != nil {
+		return e, st, &os.PathError{Op: "lstat", Path: path, Err: err}
 	}
-	st, ok := info.Sys().(*syscall.Stat_t)
-	if !ok {
-		return listed{}, errors.New("no stat")
-	}
-	e := listed{kind: st.Mode & syscall.S_IFMT}
+	e.kind = st.Mode & syscall.S_IFMT
 	switch e.kind {
 	case syscall.S_IFREG:
-		e.size = st.Size
-		if sums == nil {
-			break
+		if e.size = st.Size; !l.blind {
+			e.sum, err = l.sum(name, &st)
 		}
-		sum, known := sums[st.Ino]
-		if !known {
-			if sum, err = sumOf(path); err != nil {
-				return listed{}, err
-			}
-			if st.Nlink > 1 {
-				sums[st.Ino] = sum
-			}
-		}
-		e.sum = sum
 	case syscall.S_IFLNK:
-		target, err := os.Readlink(path)
-		if err != nil {
-			return listed{}, err
-		}
+		var target string
+		target, err = os.Readlink(path)
 		e.sum = crc32.Checksum([]byte(target), castagnoli)
 	}
-	return e, nil
+	return e, st, err
+}
+
+func (l *looker) sum(name string, st *syscall.Stat_t) (uint32, error) {
+	if sum, ok := l.links[st.Ino]; ok {
+		return sum, nil
+	}
+	sum, ok := l.known.of(name, st.Size)
+	if !ok {
+		var err error
+		if sum, err = sumOf(filepath.Join(l.root, name)); err != nil {
+			return 0, err
+		}
+	}
+	if st.Nlink > 1 {
+		l.links[st.Ino] = sum
+	}
+	return sum, nil
 }
 
 func sumOf(path string) (uint32, error) {
@@ -87,37 +99,63 @@ func sumOf(path string) (uint32, error) {
 	return h.Sum32(), err
 }
 
-// writeListing lists what is in dir/fs.
-func writeListing(dir string) (err error) {
+// writeListing lists what is in dir/fs, and returns what all of dir takes. Files whose
+// checksums are known are not read.
+func writeListing(dir string, known *sums) (usage snapshots.Usage, err error) {
 	f, err := os.OpenFile(filepath.Join(dir, listingFile), os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
-		return err
+		return usage, err
 	}
 	defer func() { err = errors.Join(err, f.Close()) }()
 	h := crc32.New(castagnoli)
 	w := bufio.NewWriterSize(f, 64<<10)
 	all := io.MultiWriter(w, h)
-	root := filepath.Join(dir, "fs")
-	sums := make(map[uint64]uint32)
-	err = filepath.WalkDir(root, func(path string, _ fs.DirEntry, err error) error {
+	l := newLooker(filepath.Join(dir, "fs"), known)
+	counted := map[uint64]bool{} // inodes with several names
+	err = filepath.WalkDir(l.root, func(path string, _ fs.DirEntry, err error) error {
 		if err != nil {
 			return err
 		}
-		e, err := look(path, sums)
+		name := strings.TrimPrefix(strings.TrimPrefix(path, l.root), "/")
+		e, st, err := l.look(name)
 		if err != nil {
 			return err
 		}
-		_, err = io.WriteString(all, e.line(strings.TrimPrefix(path, root)))
+		if !counted[st.Ino] {
+			usage.Inodes++
+			usage.Size += st.Blocks * blockSize
+		}
+		if st.Nlink > 1 && e.kind != syscall.S_IFDIR {
+			counted[st.Ino] = true
+		}
+		if name != "" {
+			name = "/" + name
+		}
+		_, err = io.WriteString(all, e.line(name))
 		return err
 	})
 	if err != nil {
-		return err
+		return usage, err
 	}
 	if _, err := fmt.Fprintf(w, "%x\n", h.Sum32()); err != nil {
-		return err
+		return usage, err
 	}
-	return w.Flush()
+	if err := w.Flush(); err != nil {
+		return usage, err
+	}
+	for _, path := range []string{dir, f.Name()} {
+		var st syscall.Stat_t
+		if err := syscall.Lstat(path, &st); err != nil {
+			return usage, err
+		}
+		usage.Inodes++
+		usage.Size += st.Blocks * blockSize
+	}
+	return usage, nil
 }
+
+// blockSize is the unit of st_blocks.
+const blockSize = 512
 
 // checkListing compares what is in dir/fs with its listing. Damage is
 // errdefs.ErrDataLoss, and tells of the first file that is not as it was; a layer
@@ -141,17 +179,15 @@ func checkListing(dir string, contents bool) error {
 	if want, err := strconv.ParseUint(strings.TrimSuffix(text[last:], "\n"), 16, 32); err != nil || crc32.Checksum(raw[:last], castagnoli) != uint32(want) {
 		return fmt.Errorf("the list of the files in %s is damaged: %w", root, errdefs.ErrDataLoss)
 	}
-	var sums map[uint64]uint32
-	if contents {
-		sums = make(map[uint64]uint32)
-	}
+	l := newLooker(root, nil)
+	l.blind = !contents
 	for line := range strings.Lines(text[:last]) {
 		var want listed
 		var path string
 		if _, err := fmt.Sscanf(line, "%x %d %x %q\n", &want.kind, &want.size, &want.sum, &path); err != nil {
 			return fmt.Errorf("the list of the files in %s is damaged: %w: %w", root, err, errdefs.ErrDataLoss)
 		}
-		switch got, err := look(root+path, sums); {
+		switch got, _, err := l.look(path); {
 		case errors.Is(err, os.ErrNotExist), errors.Is(err, syscall.ENOTDIR):
 			return fmt.Errorf("%s is gone: %w", root+path, errdefs.ErrDataLoss)
 		case errors.Is(err, syscall.EIO), errors.Is(err, syscall.EUCLEAN):

@@ -3,12 +3,13 @@ package image
 import "io"
 
 const (
-	chunkSize = 256 << 10
-	chunks    = 4
+	wireChunk  = 64 << 10 // of what is received
+	plainChunk = 256 << 10
+	chunks     = 4
 )
 
 // readAhead reads from r in a goroutine of its own, a few chunks ahead: one core
-// receives, inflates and hashes while another writes files.
+// inflates and hashes while another writes files.
 type readAhead struct {
 	full chan chunk
 	free chan []byte
@@ -25,15 +26,15 @@ type chunk struct {
 	err error
 }
 
-// newReadAhead begins to read; the caller must call stop, and may use r itself
-// only after that.
-func newReadAhead(r io.Reader) *readAhead {
+// newReadAhead begins to read, chunks of a size; the caller must call stop, and may
+// use r itself only after that.
+func newReadAhead(r io.Reader, size int) *readAhead {
 	a := &readAhead{
 		full: make(chan chunk, chunks), free: make(chan []byte, chunks),
 		quit: make(chan struct{}), done: make(chan struct{}),
 	}
 	for range chunks {
-		a.free <- make([]byte, chunkSize)
+		a.free <- make([]byte, size)
 	}
 	go a.fill(r)
 	return a

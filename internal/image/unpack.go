@@ -17,13 +17,14 @@ import (
 	"strings"
 	"syscall"
 
+	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/pkg/archive"
 	"github.com/containerd/errdefs"
-	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/podshim/podshim/internal/inflate"
 	"github.com/podshim/podshim/internal/rollback"
 )
 
@@ -46,6 +47,7 @@ type staged struct {
 	// implied are directories the layer has entries in but no entry for; they
 	// take the attributes they have in the layers below.
 	implied []string
+	usage   snapshots.Usage
 }
 
 func (st *staged) fs() string { return filepath.Join(st.dir, "fs") }
@@ -69,72 +71,87 @@ func (s *Store) stage(ctx context.Context, l layer, blob io.Reader) (_ *staged, 
 	if err := os.Mkdir(st.fs(), 0o755); err != nil {
 		return nil, fmt.Errorf("make staging area: %w", err)
 	}
-	if st.implied, err = unpack(ctx, st.fs(), l, blob); err != nil {
+	implied, sums, err := unpack(ctx, st.fs(), l, blob)
+	if err != nil {
 		return nil, err
 	}
-	if err := writeListing(st.dir); err != nil {
+	st.implied = implied
+	if st.usage, err = writeListing(st.dir, sums); err != nil {
 		return nil, fmt.Errorf("list the layer's files: %w", err)
 	}
 	return st, nil
 }
 
 // unpack verifies blob against the layer's size, digest and diff ID while it
-// unpacks it into dir, and returns the directories that the archive implies.
-func unpack(ctx context.Context, dir string, l layer, blob io.Reader) ([]string, error) {
+// unpacks it into dir, and returns the directories that the archive implies and the
+// checksums of its files.
+func unpack(ctx context.Context, dir string, l layer, blob io.Reader) ([]string, *sums, error) {
 	wire := &digestReader{r: blob, h: sha256.New()}
-	implied, got, err := unpackStream(ctx, dir, wire)
+	implied, sums, got, err := unpackStream(ctx, dir, wire)
 	var local syscall.Errno // from writing: a full disk needs no look at the rest of the blob
 	if ctx.Err() == nil && !errors.As(err, &local) {
 		// Whatever the unpacker choked on, a wrong blob is the better explanation.
 		if werr := wire.verify(l.desc); werr != nil {
-			return nil, werr
+			return nil, nil, werr
 		}
 		if err != nil { // the blob is what was pushed: no layer
 			err = fmt.Errorf("%w: %w", err, errdefs.ErrDataLoss)
 		}
 	}
 	if err != nil {
-		return nil, fmt.Errorf("unpack: %w", err)
+		return nil, nil, fmt.Errorf("unpack: %w", err)
 	}
 	if got != l.diffID {
-		return nil, fmt.Errorf("unpacked content has digest %s, the image's config says %s: %w", got, l.diffID, errdefs.ErrDataLoss)
+		return nil, nil, fmt.Errorf("unpacked content has digest %s, the image's config says %s: %w", got, l.diffID, errdefs.ErrDataLoss)
 	}
-	return implied, nil
+	return implied, sums, nil
 }
 
-func unpackStream(ctx context.Context, dir string, wire io.Reader) (implied []string, diffID digest.Digest, err error) {
-	plain, err := inflate(wire)
+// unpackStream has three goroutines at work: one receives and hashes what is
+// received, one inflates and hashes that, and this one writes files and takes their
+// checksums.
+func unpackStream(ctx context.Context, dir string, wire io.Reader) (implied []string, known *sums, diffID digest.Digest, err error) {
+	received := newReadAhead(wire, wireChunk)
+	defer received.stop() // wire is the caller's alone again
+	plain, err := decompress(received)
 	if err != nil {
-		return nil, "", err
+		return nil, nil, "", err
 	}
 	defer plain.Close()
 	content := &digestReader{r: plain, h: sha256.New()}
-	ahead := newReadAhead(content)
+	ahead := newReadAhead(content, plainChunk)
+	known = newSums(ahead)
 	dirs := newImpliedDirs()
-	_, err = archive.Apply(ctx, dir, ahead,
+	_, err = archive.Apply(ctx, dir, known,
 		archive.WithConvertWhiteout(archive.OverlayConvertWhiteout),
-		archive.WithFilter(dirs.see))
+		archive.WithFilter(func(hdr *tar.Header) (bool, error) {
+			name := strings.TrimPrefix(path.Clean("/"+hdr.Name), "/")
+			dirs.see(hdr, name)
+			known.see(hdr, name)
+			return true, nil
+		}))
 	if err == nil {
 		_, err = io.Copy(io.Discard, ahead) // what follows the archive's end counts for the digests
 	}
 	ahead.stop() // content is ours alone again
 	if err != nil {
-		return nil, "", err
+		return nil, nil, "", err
 	}
-	return dirs.list(), content.digest(), nil
+	return dirs.list(), known, content.digest(), nil
 }
 
-// inflate returns the tar archive in a blob. The stream's own magic decides, not
+// decompress returns the tar archive in a blob. The stream's own magic decides, not
 // the media type, which registries and build tools get wrong.
-func inflate(blob io.Reader) (io.ReadCloser, error) {
-	br := bufio.NewReaderSize(blob, 64<<10)
+func decompress(blob io.Reader) (io.ReadCloser, error) {
+	br := bufio.NewReaderSize(blob, 4<<10)
 	magic, err := br.Peek(4)
 	if err != nil && !errors.Is(err, io.EOF) {
 		return nil, err
 	}
 	switch {
 	case bytes.HasPrefix(magic, []byte{0x1f, 0x8b}):
-		return gzip.NewReader(br)
+		z, err := inflate.NewReader(br)
+		return io.NopCloser(z), err
 	case bytes.Equal(magic, []byte{0x28, 0xb5, 0x2f, 0xfd}), isSkippableZstd(magic):
 		d, err := zstd.NewReader(br, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxWindow(zstdMaxWindow))
 		if err != nil {
@@ -195,19 +212,17 @@ func newImpliedDirs() *impliedDirs {
 	return &impliedDirs{used: map[string]bool{}, described: map[string]bool{}}
 }
 
-// see is an archive.Filter that takes everything. hdr.Name is clean already.
-func (i *impliedDirs) see(hdr *tar.Header) (bool, error) {
+// see is told of each header; name is clean.
+func (i *impliedDirs) see(hdr *tar.Header, name string) {
 	if hdr.Typeflag == tar.TypeXGlobalHeader {
-		return true, nil
+		return
 	}
-	name := strings.TrimPrefix(path.Clean("/"+hdr.Name), "/")
 	if hdr.Typeflag == tar.TypeDir {
 		i.described[name] = true
 	}
 	for dir := path.Dir(name); dir != "." && !i.used[dir]; dir = path.Dir(dir) {
 		i.used[dir] = true
 	}
-	return true, nil
 }
 
 // list returns them, parents before children.

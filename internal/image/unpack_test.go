@@ -17,6 +17,8 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/static"
 	"github.com/google/go-containerregistry/pkg/v1/tarball"
 	"github.com/google/go-containerregistry/pkg/v1/types"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sys/unix"
 )
 
@@ -185,7 +187,7 @@ func TestReadAheadPassesDataAndErrors(t *testing.T) {
 		n := copy(p[:min(len(p), 7777)], data)
 		data = data[n:]
 		return n, nil
-	}))
+	}), plainChunk)
 	defer a.stop()
 	var got bytes.Buffer
 	if _, err := got.ReadFrom(a); !errors.Is(err, broken) {
@@ -246,6 +248,50 @@ func TestDecompressionOfGarbage(t *testing.T) {
 				t.Errorf("got %v", err)
 			}
 			assertEmpty(t, s)
+		})
+	}
+}
+
+// TestSumsTakenInPassing: what is listed is what is on disk, whatever archives do
+// with their names.
+func TestSumsTakenInPassing(t *testing.T) {
+	needRoot(t)
+	s := openStore(t)
+	plain := []entry{dir("d", 0o755), file("d/a", "one"), file("d/empty", ""), symlink("d/link", "a"), file("b", strings.Repeat("two", 100_000))}
+	for name, c := range map[string]struct {
+		entries []entry
+		known   []string // found without reading
+	}{
+		"plain":                         {plain, []string{"d/a", "d/empty", "b"}},
+		"written twice":                 {append(plain, file("d/a", "other")), []string{"d/a"}},
+		"replaced by a hard link":       {append(plain, file("z", "two"), hardlink("d/a", "z")), nil},
+		"through a link":                {append(plain, symlink("l", "d"), file("l/a", "two")), nil},
+		"through a hard link to a link": {append(plain, symlink("l", "d"), hardlink("m", "l"), file("m/a", "two")), nil},
+		"through what becomes a link":   {append(plain, file("e/a", "three"), symlink("e", "d"), file("e/a", "two")), nil},
+		"through a link that is gone":   {append(plain, symlink("l", "d"), dir("l", 0o755), file("l/a", "own")), nil},
+		"names that are not clean":      {append(plain, file("./d/../d/a", "two"), file("/b", "three")), []string{"d/a", "b"}},
+		"a directory replaced":          {append(plain, file("d", "now a file")), []string{"d"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			data := archiveOf(t, c.entries...)
+			l := layer{desc: ocispec.Descriptor{Digest: digest.FromBytes(data), Size: int64(len(data))}, diffID: digest.FromBytes(data)}
+			st, err := s.stage(t.Context(), l, bytes.NewReader(data))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer func() { _ = st.drop() }()
+			if err := checkListing(st.dir, true); err != nil {
+				t.Error(err)
+			}
+			_, known, err := unpack(t.Context(), t.TempDir(), l, bytes.NewReader(data))
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, name := range c.known {
+				if _, ok := known.of(name, lstat(t, st.fs(), name).Size); !ok {
+					t.Errorf("%s would be read again", name)
+				}
+			}
 		})
 	}
 }
