@@ -16,6 +16,8 @@ IMAGES   := $(CURDIR)/_artifacts/images
 VM       := $(CURDIR)/_artifacts/vm$(if $(LSM),-$(LSM))
 PREFIX   ?= /usr/local
 DESTDIR  ?=
+# What is worth its time in an emulated machine: cgroups, and who is restarted by what.
+VM_EXAMPLES ?= ^(TestPods/(localhost|shared-pid|lifetimes|resources|child-oom|pid-limit|huge-pages|probes|hooks|pid1|log-sidecar|volume|stats)|TestRestarts)$$
 ARGS     ?=
 
 LDFLAGS  := -s -w -X main.version=$(VERSION)
@@ -108,15 +110,27 @@ critest-bench: build tools images ## critest's benchmarks; JSON in _artifacts/cr
 
 .PHONY: vm
 vm: build tools ## test/pod in a Debian VM: cgroup v2, systemd, AppArmor (LSM=selinux: SELinux), which this machine lacks
-	@$(need) $(NEED_VM)
-	@test/vm/disk.sh $(VM) $(LSM)
-	@payload=$$(mktemp -d) && trap 'rm -rf "$$payload"' EXIT && \
-	mkdir "$$payload/bin" "$$payload/tools" && cp $(BIN)/podshim $(BIN)/podmon "$$payload/bin" && \
-	find $(TOOLS)/ -maxdepth 1 -type f ! -name critest ! -name 'kube*' -exec cp {} "$$payload/tools" \; && \
-	CGO_ENABLED=0 go test -c -ldflags '-s -w' -o "$$payload/pod.test" ./test/pod && \
-	cp test/vm/guest.sh "$$payload" && \
-	printf "DRIVERS='%s' ARGS='%s'\n" '$(or $(DRIVERS),cgroupfs systemd)' '$(ARGS)' >"$$payload/settings" && \
-	VM_APPEND='$(if $(LSM),security=$(LSM) selinux=1 enforcing=0)' test/vm/run.sh $(VM) "$$payload"
+	$(call run_in_vm,pod,! -name critest ! -name 'kube*')
+
+.PHONY: vm-e2e
+vm-e2e: build tools images kubelet ## kubelet with the examples of VM_EXAMPLES in that VM
+	$(call run_in_vm,e2e,! -name critest ! -name kube-apiserver ! -name kubectl ! -name kubeadm,-test.run $(VM_EXAMPLES) -test.parallel 3)
+
+# run_in_vm,SUITE,TOOLS,ARGS: test/SUITE in the VM, as guest.sh finds it; TOOLS tell find
+# which of the tools it needs.
+define run_in_vm
+@$(need) $(NEED_VM)
+@test/vm/disk.sh $(VM) $(LSM)
+@payload=$$(mktemp -d) && trap 'rm -rf "$$payload"' EXIT && \
+mkdir -p "$$payload/bin" "$$payload/tools" "$$payload/test/$1" "$$payload/_artifacts/images" && \
+cp $(BIN)/podshim $(BIN)/podmon "$$payload/bin" && \
+find $(TOOLS)/ -maxdepth 1 -type f $2 -exec cp {} "$$payload/tools" \; && \
+CGO_ENABLED=0 go test -c -ldflags '-s -w' -o "$$payload/test/$1/suite" ./test/$1 && \
+if [ $1 = e2e ]; then cp -r examples "$$payload" && cp -r $(IMAGES)/layout-* "$$payload/_artifacts/images"; fi && \
+cp test/vm/guest.sh "$$payload" && \
+printf "SUITE=%s DRIVERS='%s' ARGS='%s'\n" $1 '$(or $(DRIVERS),cgroupfs systemd)' '$3 $(ARGS)' >"$$payload/settings" && \
+VM_APPEND='$(if $(LSM),security=$(LSM) selinux=1 enforcing=0)' test/vm/run.sh $(VM) "$$payload"
+endef
 
 .PHONY: bench
 bench: build tools peers crio images ## podshim beside containerd and CRI-O: times, memory, CPU (ten minutes)
@@ -174,11 +188,12 @@ kubelet: ## kubelet, at the version of hack/kubelet (takes minutes, once)
 		-o $(TOOLS)/ k8s.io/kubernetes/cmd/kubelet
 
 .PHONY: kube
-kube: ## kubelet, kube-apiserver and kubectl, at the version of hack/kubelet (takes minutes, once)
+kube: ## kubelet, kube-apiserver, kubectl and kubeadm, at the version of hack/kubelet (takes minutes, once)
 	@mkdir -p $(TOOLS)
 	@cd hack/kubelet && version=$$(go list -m -f '{{.Version}}' k8s.io/kubernetes) && \
 	CGO_ENABLED=0 go build -ldflags "-X k8s.io/component-base/version.gitVersion=$$version" \
-		-o $(TOOLS)/ k8s.io/kubernetes/cmd/kubelet k8s.io/kubernetes/cmd/kube-apiserver k8s.io/kubernetes/cmd/kubectl
+		-o $(TOOLS)/ k8s.io/kubernetes/cmd/kubelet k8s.io/kubernetes/cmd/kube-apiserver k8s.io/kubernetes/cmd/kubectl \
+		k8s.io/kubernetes/cmd/kubeadm
 
 .PHONY: e2e
 e2e: build tools images kubelet ## The pods of examples/, run by a real kubelet

@@ -45,7 +45,9 @@ type kubelet struct {
 	// Manifests is the directory of static pods, Root kubelet's own, Logs that of
 	// container logs; all are below Dir.
 	Dir, Manifests, Root, Logs string
-	// CgroupRoot is the cgroup below which kubelet makes kubepods, as CRI names it.
+	// CgroupRoot is the cgroup below which kubelet makes kubepods. With the systemd driver
+	// it is the root: kubelet wants all controllers there, and systemd takes away from a
+	// slice what no unit of it has asked for. Two kubelets would be in each other's way.
 	CgroupRoot string
 	// Addr is host:port of the HTTPS endpoints.
 	Addr string
@@ -98,6 +100,9 @@ func newKubelet(t TB, opts Options) *Kubelet {
 		Dir: n.Dir, Root: n.Dir + "/kubelet", Manifests: n.Dir + "/manifests", Logs: n.Dir + "/pods",
 		CgroupRoot: n.PodsCgroup, program: program, config: n.Dir + "/kubelet.yaml",
 	}, t: t, Node: n}
+	if harness.Systemd {
+		k.CgroupRoot = "/"
+	}
 	if opts.Node.SmallRoot != "" { // kubelet and podshim have one disk, as is usual
 		k.Root = n.Root + "/kubelet"
 	}
@@ -176,10 +181,6 @@ const noEviction = "{memory.available: 20Mi, nodefs.available: 1%, imagefs.avail
 // configuration is docs/kubelet.md's, with names, ports and limits that keep it
 // apart from everything else on the machine.
 func (k *kubelet) configuration(n *harness.Node, port int, resolv, eviction string) string {
-	cgroupRoot := k.CgroupRoot
-	if harness.Systemd { // kubelet makes the slice's name of the path: a-b.slice of /a/b
-		cgroupRoot = "/" + strings.ReplaceAll(strings.TrimSuffix(cgroupRoot, ".slice"), "-", "/")
-	}
 	return fmt.Sprintf(`apiVersion: kubelet.config.k8s.io/v1beta1
 kind: KubeletConfiguration
 containerRuntimeEndpoint: unix://%s
@@ -201,7 +202,7 @@ resolvConf: %s
 clusterDomain: `+clusterDomain+`
 evictionHard: %s
 crashLoopBackOff: {maxContainerRestartPeriod: 1s}
-`, n.Socket, k.Manifests, k.Logs, k.Dir, port, cgroupRoot, resolv, eviction)
+`, n.Socket, k.Manifests, k.Logs, k.Dir, port, k.CgroupRoot, resolv, eviction)
 }
 
 func freePort() (int, error) {

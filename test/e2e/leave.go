@@ -84,8 +84,8 @@ func (k *kubelet) cgroup(names ...string) string {
 	if !harness.Systemd {
 		return filepath.Join(append([]string{k.CgroupRoot}, names...)...)
 	}
-	slice := strings.TrimSuffix(k.CgroupRoot, ".slice")
-	for _, name := range names {
+	slice := names[0]
+	for _, name := range names[1:] {
 		slice += "-" + strings.ReplaceAll(name, "-", "_")
 	}
 	return slice + ".slice"

@@ -27,7 +27,9 @@ func TestClusterNodePressure(t *testing.T) {
 		Eviction: fmt.Sprintf("{nodefs.available: \"%d\", imagefs.available: \"%[1]d\"}", spare),
 		Config:   "imageMinimumGCAge: 1s\nevictionPressureTransitionPeriod: 1s\n",
 	})
-	c.expect = append(c.expect, regexp.MustCompile(`"Eviction manager: cannot evict a critical pod" pod="kube-system/`))
+	c.expect = append(c.expect, regexp.MustCompile(`"Eviction manager: cannot evict a critical pod" pod="kube-system/`),
+		// kubelet waits ten seconds for a pod to be gone before it looks for another one.
+		regexp.MustCompile(`"Eviction manager: pod failed to evict" err="timeout waiting to kill pod"`))
 	hungry, modest := c.Apply("hungry"), c.Apply("modest")
 	hungry.WaitReady()
 	modest.WaitReady()
