@@ -4,12 +4,11 @@ cd /tmp
 export HOME=/root PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 export PODSHIM_TEST_PATIENCE=5
 export PODSHIM_BIN_DIR=/payload/bin PODSHIM_TOOLS_DIR=/payload/tools
-# As `go test` does it: each suite runs in its own directory of the sources.
 . /payload/settings
 echo "vm: $(uname -r), cgroup $(stat -fc %T /sys/fs/cgroup), AppArmor $(cat /sys/module/apparmor/parameters/enabled), SELinux $(cat /sys/fs/selinux/enforce 2>/dev/null || echo off), $(systemctl --version | head -n 1)"
 /payload/bin/podshim check --root /tmp/check-root --run /tmp/check-run
 for driver in $DRIVERS; do
 	echo "vm: test/$SUITE with the $driver driver"
-	cd "/payload/test/$SUITE"
+	cd "/payload/test/$SUITE" # as go test has it
 	PODSHIM_TEST_CGROUP_DRIVER=$driver ./suite -test.timeout 60m $ARGS || exit 1
 done
