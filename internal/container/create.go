@@ -192,6 +192,9 @@ func (m *Manager) build(ctx context.Context, c *Container, pod spec.Pod, handler
 	if err != nil {
 		return err
 	}
+	if err := idMappable(r.Config.GetMounts(), sources); err != nil {
+		return err
+	}
 	devices, err := host.Devices(r.Config)
 	if err != nil {
 		return err
@@ -308,6 +311,22 @@ func idMapping(pod spec.Pod) []image.SnapshotOpt {
 		return nil
 	}
 	return []image.SnapshotOpt{image.WithIDMap(pod.UIDMappings, pod.GIDMappings)}
+}
+
+// idMappable refuses ID mappings of mounts whose file systems cannot have any, which
+// would otherwise come out when the container is started.
+func idMappable(mounts []*runtime.Mount, sources map[string]spec.Source) error {
+	var paths, fields []string
+	for i, m := range mounts {
+		if len(m.GetUidMappings()) > 0 && m.GetImage() == nil {
+			paths = append(paths, sources[m.GetHostPath()].Path)
+			fields = append(fields, fmt.Sprintf("mounts[%d].uidMappings", i))
+		}
+	}
+	if i, err := host.IDMappable(paths...); err != nil {
+		return fmt.Errorf("%s: %w", fields[i], err)
+	}
+	return nil
 }
 
 func userRequest(sc *runtime.LinuxContainerSecurityContext, imageUser string) rootfs.UserRequest {

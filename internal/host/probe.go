@@ -7,6 +7,7 @@ import (
 	"runtime"
 	"syscall"
 
+	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 )
 
@@ -28,21 +29,34 @@ func probeRRO() error {
 // probeIDMap id-maps a detached copy of the mount that dir is on, which tells
 // of the kernel and of the file system at once.
 func probeIDMap(dir string) error {
-	tree, err := detached(dir)
-	if err != nil {
-		return err
+	_, err := IDMappable(dir)
+	return err
+}
+
+// IDMappable tries to id-map a private copy of the mount at each of the paths. The
+// error, an ErrFailedPrecondition, is that of path i, the first that cannot be.
+func IDMappable(paths ...string) (i int, err error) {
+	if len(paths) == 0 {
+		return 0, nil
 	}
-	defer tree.Close()
 	userns, err := mappedUserns()
 	if err != nil {
-		return fmt.Errorf("make user namespace: %w", err)
+		return 0, fmt.Errorf("make user namespace: %w", err)
 	}
 	defer userns.Close()
 	attr := &unix.MountAttr{Attr_set: unix.MOUNT_ATTR_IDMAP, Userns_fd: uint64(userns.Fd())}
-	if err := unix.MountSetattr(int(tree.Fd()), "", unix.AT_EMPTY_PATH, attr); err != nil {
-		return fmt.Errorf("id-map %s: %w", dir, err)
+	for i, path := range paths {
+		tree, err := detached(path)
+		if err != nil {
+			return i, err
+		}
+		err = unix.MountSetattr(int(tree.Fd()), "", unix.AT_EMPTY_PATH, attr)
+		_ = tree.Close() // the copy goes with it
+		if err != nil {
+			return i, fmt.Errorf("mounts of %s cannot be id-mapped (%w): its file system, or this kernel, does not know how: %w", path, err, errdefs.ErrFailedPrecondition)
+		}
 	}
-	return nil
+	return 0, nil
 }
 
 // detached is a private copy of the mount at path.

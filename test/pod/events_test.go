@@ -2,7 +2,9 @@ package pod
 
 import (
 	"context"
+	"fmt"
 	"maps"
+	"net"
 	"slices"
 	"strings"
 	"sync"
@@ -11,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/protobuf/proto"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -248,4 +251,123 @@ func TestEventsAcrossRestarts(t *testing.T) {
 	if lists < 4 || count[cri.ContainerState_CONTAINER_RUNNING] != 2 || count[cri.ContainerState_CONTAINER_EXITED] != 7 {
 		t.Errorf("listed %d times, containers by state: %v; want 4 lists, 2 running and 7 exited", lists, count)
 	}
+}
+
+// frozen is a connection that is not read any more once it is told so, as that of a
+// client that is stopped (SIGSTOP) or hangs; and read again after thaw.
+type frozen struct {
+	net.Conn
+	stop, thaw chan struct{}
+}
+
+func (f frozen) Read(b []byte) (int, error) {
+	select {
+	case <-f.stop:
+		<-f.thaw
+	default:
+	}
+	return f.Conn.Read(b)
+}
+
+// One subscriber does not read, while there are more events than podshim keeps for
+// one: another has every one of them, the daemon does not grow, and the slow one,
+// when it reads again, gets the first of them in order and is then told to subscribe
+// and list anew.
+func TestSubscriberThatNeverReads(t *testing.T) {
+	harness.NeedRoot(t)
+	if harness.Limit > time.Minute {
+		t.Skip("SKIPPED: thousands of containers take too long on an emulated machine")
+	}
+	t.Parallel()
+	n := harness.Start(t, harness.Options{})
+	p := n.RunPod()
+	ctx, cancel := context.WithTimeout(context.Background(), 5*harness.Limit)
+	defer cancel()
+	f := frozen{stop: make(chan struct{}), thaw: make(chan struct{})}
+	conn, err := grpc.NewClient("unix://"+n.Socket, grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
+			c, err := new(net.Dialer).DialContext(ctx, "unix", n.Socket)
+			f.Conn = c
+			return f, err
+		}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	slow, err := cri.NewRuntimeServiceClient(conn).GetContainerEvents(ctx, &cri.GetEventsRequest{})
+	if err == nil {
+		_, err = slow.Header()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	close(f.stop)
+	reader, err := subscribe(ctx, n)
+	if err != nil {
+		t.Fatal(err)
+	}
+	before := daemonRSS(t, n)
+
+	const events, workers = 4800, 8
+	var made sync.Map
+	var work sync.WaitGroup
+	for w := range workers {
+		work.Go(func() {
+			for i := range events / 2 / workers {
+				conf := p.ContainerConfig(sleeper, func(c *cri.ContainerConfig) { c.Metadata.Name = fmt.Sprintf("w%d-%d", w, i) })
+				c, err := n.Runtime.CreateContainer(ctx, &cri.CreateContainerRequest{PodSandboxId: p.ID, Config: conf, SandboxConfig: p.Config})
+				if err == nil {
+					made.Store(c.ContainerId, true)
+					_, err = n.Runtime.RemoveContainer(ctx, &cri.RemoveContainerRequest{ContainerId: c.ContainerId})
+				}
+				if err != nil {
+					t.Error(err)
+					return
+				}
+			}
+		})
+	}
+	kinds := map[string][]cri.ContainerEventType{}
+	for range events {
+		e, err := reader.Recv()
+		if err != nil {
+			t.Fatalf("the client that reads, after %d containers: %v", len(kinds), err)
+		}
+		kinds[e.ContainerId] = append(kinds[e.ContainerId], e.ContainerEventType)
+	}
+	work.Wait()
+	want := []cri.ContainerEventType{cri.ContainerEventType_CONTAINER_CREATED_EVENT, cri.ContainerEventType_CONTAINER_DELETED_EVENT}
+	made.Range(func(id, _ any) bool {
+		if got := kinds[id.(string)]; !slices.Equal(got, want) {
+			t.Errorf("of container %s the client that reads had %v", id, got)
+		}
+		return true
+	})
+	if after := daemonRSS(t, n); after > before+64<<10 {
+		t.Errorf("podshim grew from %d to %d MiB", before>>10, after>>10)
+	}
+
+	close(f.thaw)
+	last, had := int64(0), 0
+	for ; err == nil; had++ {
+		var e *cri.ContainerEventResponse
+		if e, err = slow.Recv(); err == nil && e.CreatedAt < last {
+			t.Errorf("event %d of the slow client is older than the one before", had)
+		}
+		last = e.GetCreatedAt()
+	}
+	checkCode(t, err, "ResourceExhausted", "subscribe and list anew")
+	if had >= events {
+		t.Errorf("the slow client had %d events: nothing bounds what is kept for it", had)
+	}
+	t.Logf("the slow client had %d of %d events, then: %v", had-1, events, err)
+}
+
+func daemonRSS(t *testing.T, n *harness.Node) int {
+	t.Helper()
+	p, err := harness.ReadProcess(n.PID())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return rss(t, p)
 }

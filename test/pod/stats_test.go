@@ -273,6 +273,38 @@ func TestMetrics(t *testing.T) {
 	}
 }
 
+// Metrics too large for a message are refused with the call that has them whatever
+// their size, a pod in a message.
+func TestMetricsOfAnySize(t *testing.T) {
+	harness.NeedRoot(t)
+	t.Parallel()
+	const limit = 64 << 10
+	n := harness.Start(t, harness.Options{CRI: fmt.Sprintf("max_message_size = %d\nexec_sync_output_limit = 1024", limit)})
+	pods := map[string]bool{}
+	for range 4 {
+		p := n.RunPod()
+		p.Run(sleeper).WaitLog("ready")
+		pods[p.ID] = true
+	}
+	s, err := n.Runtime.StreamPodSandboxMetrics(n.Context(), &cri.StreamPodSandboxMetricsRequest{})
+	all, messages, largest := drain(t, s, err, (*cri.StreamPodSandboxMetricsResponse).GetPodSandboxMetrics)
+	t.Logf("%d pods of one container in %d messages of at most %d bytes", len(all), messages, largest)
+	for _, m := range all {
+		if !pods[m.PodSandboxId] || len(m.ContainerMetrics) != 1 {
+			t.Errorf("pod %s, with %d containers, is in the stream again, or none of these", m.PodSandboxId, len(m.ContainerMetrics))
+		}
+		delete(pods, m.PodSandboxId)
+	}
+	if len(pods) > 0 || messages != 4 {
+		t.Errorf("%d messages, pods left out: %v", messages, pods)
+	}
+	_, err = n.Runtime.ListPodSandboxMetrics(n.Context(), &cri.ListPodSandboxMetricsRequest{})
+	if largest*4 < limit {
+		t.Fatalf("4 pods of %d bytes fit into a message: the test needs more", largest)
+	}
+	checkCode(t, err, "ResourceExhausted", "StreamPodSandboxMetrics")
+}
+
 func checkMetrics(t *testing.T, how string, keys map[string][]string, pod *cri.PodSandboxMetrics, p *harness.Pod, c *harness.Container, parent string) {
 	t.Helper()
 	if len(pod.ContainerMetrics) != 1 || pod.ContainerMetrics[0].ContainerId != c.ID {
