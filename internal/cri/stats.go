@@ -3,9 +3,12 @@ package cri
 import (
 	"context"
 	"fmt"
+	goruntime "runtime"
+	"slices"
 	"time"
 
 	"github.com/containerd/errdefs"
+	"golang.org/x/sync/errgroup"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/podshim/podshim/internal/container"
@@ -64,14 +67,21 @@ func (s *runtimeService) PodSandboxStats(ctx context.Context, req *runtime.PodSa
 
 // ListPodSandboxStats measures the ready pods that pass a filter.
 func (s *runtimeService) ListPodSandboxStats(ctx context.Context, req *runtime.ListPodSandboxStatsRequest) (*runtime.ListPodSandboxStatsResponse, error) {
-	resp := new(runtime.ListPodSandboxStatsResponse)
 	layersBy := stats.LayerDeadline()
-	for _, r := range s.measurablePods(req.GetFilter()) {
-		if measured := s.listedPodStats(ctx, r, layersBy); measured != nil {
-			resp.Stats = append(resp.Stats, measured)
-		}
+	pods := s.measurablePods(req.GetFilter())
+	measured := make([]*runtime.PodSandboxStats, len(pods))
+	// As many at a time as there are processors: it is system calls only.
+	var g errgroup.Group
+	g.SetLimit(goruntime.GOMAXPROCS(0))
+	for i, r := range pods {
+		g.Go(func() error {
+			measured[i] = s.listedPodStats(ctx, r, layersBy)
+			return nil
+		})
 	}
-	return resp, ctx.Err()
+	_ = g.Wait() // they have no errors: a pod that cannot be measured is left out
+	left := slices.DeleteFunc(measured, func(p *runtime.PodSandboxStats) bool { return p == nil })
+	return &runtime.ListPodSandboxStatsResponse{Stats: left}, ctx.Err()
 }
 
 // measurable returns the containers that pass a filter of stats.

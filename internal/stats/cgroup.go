@@ -136,6 +136,17 @@ const maxFile = 64 << 10
 // while it was open (ENODEV), or the kernel was told not to measure that
 // (EOPNOTSUPP: PSI turned off).
 func readFile(dir, name string, buf []byte) ([]byte, error) {
+	return readUntil(dir, name, buf, func(n, _ int) bool { return n == 0 })
+}
+
+// readShown is readFile for a file whose content the kernel makes in one piece (a
+// seq_show of kernfs, as all but the lists of processes have): a read that does not
+// fill the buffer has all of it, and need not be followed by one that says so.
+func readShown(dir, name string, buf []byte) ([]byte, error) {
+	return readUntil(dir, name, buf, func(n, room int) bool { return n < room })
+}
+
+func readUntil(dir, name string, buf []byte, ended func(n, room int) bool) ([]byte, error) {
 	file := filepath.Join(dir, name)
 	fd, err := unix.Open(file, unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -147,17 +158,19 @@ func readFile(dir, name string, buf []byte) ([]byte, error) {
 		if len(buf) == cap(buf) {
 			buf = slices.Grow(buf, max(4096, cap(buf)))
 		}
+		room := cap(buf) - len(buf)
 		n, err := unix.Read(fd, buf[len(buf):cap(buf)])
-		switch {
-		case errors.Is(err, unix.EINTR):
+		if errors.Is(err, unix.EINTR) {
 			continue
-		case err != nil:
+		}
+		if err != nil {
 			return nil, fileError(file, err)
-		case n == 0:
-			return buf, nil
 		}
 		if buf = buf[:len(buf)+n]; len(buf) > maxFile {
 			return nil, fmt.Errorf("read %s: more than %d bytes", file, maxFile)
+		}
+		if ended(n, room) {
+			return buf, nil
 		}
 	}
 }

@@ -24,7 +24,7 @@ var buffers = sync.Pool{New: func() any {
 // number reads a file that holds one number; "max" is math.MaxUint64.
 func number(dir, name string) (uint64, error) {
 	var room [64]byte
-	raw, err := readFile(dir, name, room[:0])
+	raw, err := readShown(dir, name, room[:0])
 	if err != nil {
 		return 0, err
 	}
@@ -49,7 +49,7 @@ var errMissingKeys = errors.New("the kernel does not tell all the numbers wanted
 func keyed(dir, name string, into map[string]*uint64) error {
 	room := buffers.Get().(*[]byte)
 	defer buffers.Put(room)
-	raw, err := readFile(dir, name, *room)
+	raw, err := readShown(dir, name, *room)
 	if err != nil {
 		return err
 	}
@@ -85,7 +85,7 @@ func keyed(dir, name string, into map[string]*uint64) error {
 func pressure(dir, name string) (*runtime.PsiStats, error) {
 	room := buffers.Get().(*[]byte)
 	defer buffers.Put(room)
-	raw, err := readFile(dir, name, *room)
+	raw, err := readShown(dir, name, *room)
 	if err != nil {
 		return nil, err
 	}

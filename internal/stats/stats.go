@@ -132,7 +132,7 @@ func LayerDeadline() time.Time { return time.Now().Add(layerWait) }
 // Errors: errdefs.ErrNotFound when its cgroup is gone,
 // errdefs.ErrInvalidArgument for a path that names no cgroup.
 func (c *Collector) Container(ctx context.Context, in ContainerInput) (*runtime.ContainerStats, error) {
-	u, err := c.usage(ctx, in.ID, in.CgroupPath)
+	u, err := c.usage(ctx, in.ID, in.CgroupPath, nil)
 	if err != nil {
 		return nil, fmt.Errorf("measure container %s: %w", in.ID, err)
 	}
@@ -160,19 +160,21 @@ type PodInput struct {
 //
 // Errors: as for Container.
 func (c *Collector) Pod(ctx context.Context, in PodInput) (*runtime.LinuxPodSandboxStats, error) {
-	u, err := c.usage(ctx, in.ID, in.CgroupPath)
+	u, err := c.usage(ctx, in.ID, in.CgroupPath, func(u *usage) (err error) {
+		if in.Netns == "" {
+			return nil
+		}
+		if u.network, err = Network(in.Netns, in.Interface); errdefs.IsNotFound(err) {
+			return nil
+		}
+		return err
+	})
 	if err != nil {
 		return nil, fmt.Errorf("measure pod %s: %w", in.ID, err)
 	}
-	s := &runtime.LinuxPodSandboxStats{Cpu: u.cpu, Memory: u.memory, Process: u.process, Io: u.io}
-	if in.Netns == "" {
-		return s, nil
-	}
-	s.Network, err = Network(in.Netns, in.Interface)
-	if err != nil && !errdefs.IsNotFound(err) {
-		return nil, fmt.Errorf("measure pod %s: %w", in.ID, err)
-	}
-	return s, nil
+	return &runtime.LinuxPodSandboxStats{
+		Cpu: u.cpu, Memory: u.memory, Process: u.process, Io: u.io, Network: u.network,
+	}, nil
 }
 
 // Network reads the counters of all interfaces but lo in a network namespace.
@@ -221,9 +223,11 @@ type usage struct {
 	swap    *runtime.SwapUsage
 	process *runtime.ProcessUsage
 	io      *runtime.IoUsage
+	network *runtime.NetworkUsage // a pod's
 }
 
-func (c *Collector) usage(ctx context.Context, id, cgroupPath string) (usage, error) {
+// usage returns a reading of a cgroup that is fresh, or reads it, and what more adds.
+func (c *Collector) usage(ctx context.Context, id, cgroupPath string, more func(*usage) error) (usage, error) {
 	if err := ctx.Err(); err != nil {
 		return usage{}, err
 	}
@@ -236,6 +240,9 @@ func (c *Collector) usage(ctx context.Context, id, cgroupPath string) (usage, er
 		if err == nil && u.cpu != nil {
 			at := time.Unix(0, u.cpu.Timestamp)
 			u.cpu.UsageNanoCores = c.rates.observe(id, at, u.cpu.UsageCoreNanoSeconds.Value)
+		}
+		if err == nil && more != nil {
+			err = more(&u)
 		}
 		return u, err
 	})

@@ -70,29 +70,30 @@ func (u *usage) v1Memory(dir string) error {
 	if err != nil {
 		return err
 	}
+	// memsw counts memory and swap together; without swap accounting
+	// (swapaccount=0) there is no such file, and no total_swap.
+	both, err := number(dir, "memory.memsw.limit_in_bytes")
+	if err != nil && !gone(err) {
+		return err
+	}
+	swaps := err == nil
 	var m memoryStat
-	if err := keyed(dir, "memory.stat", map[string]*uint64{
+	var swapped uint64
+	wanted := map[string]*uint64{
 		"total_rss":           &m.rss,
 		"total_inactive_file": &m.inactiveFile,
 		"total_pgfault":       &m.faults,
 		"total_pgmajfault":    &m.majorFaults,
-	}); err != nil {
+	}
+	if swaps {
+		wanted["total_swap"] = &swapped
+	}
+	if err := keyed(dir, "memory.stat", wanted); err != nil { // once: it is dear
 		return err
 	}
 	u.memory = m.usage(used, limit)
-
-	// memsw counts memory and swap together; without swap accounting
-	// (swapaccount=0) there is no such file.
-	both, err := number(dir, "memory.memsw.limit_in_bytes")
-	if gone(err) {
+	if !swaps {
 		return nil
-	}
-	if err != nil {
-		return err
-	}
-	var swapped uint64
-	if err := keyed(dir, "memory.stat", map[string]*uint64{"total_swap": &swapped}); err != nil {
-		return err
 	}
 	u.swap = swapUsage(swapped, unlimited)
 	if both < unlimited && limit < unlimited {
