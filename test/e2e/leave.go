@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -30,8 +31,12 @@ func (k *Kubelet) end() {
 	}
 	k.checkPLEG()
 	k.Stop()
-	for _, line := range k.complaints() {
+	complaints, allowed := k.complaints()
+	for _, line := range complaints {
 		k.t.Errorf("kubelet logged an error: %s", line)
+	}
+	for _, pattern := range slices.Sorted(maps.Keys(allowed)) {
+		k.t.Logf("%d errors in kubelet's log are allowed as %s", allowed[pattern], pattern)
 	}
 	if k.t.Failed() {
 		k.t.Logf("kubelet's log:\n%s", k.tail(80))
@@ -152,24 +157,23 @@ func containsAny(s string, parts []string) bool {
 // errorLine is klog's: severity, date, time, thread, source.
 var errorLine = regexp.MustCompile(`^[EF]\d{4} `)
 
-// complaints are the errors in kubelet's log that harmless does not explain.
-func (k *kubelet) complaints() []string {
-	var found []string
+// complaints are the errors in kubelet's log that harmless does not explain, and how many
+// there are that it does, by pattern.
+func (k *kubelet) complaints() (found []string, allowed map[string]int) {
+	allowed = map[string]int{}
+	patterns := slices.Concat(harmless, k.expect)
 	for line := range strings.Lines(k.Log()) {
-		if errorLine.MatchString(line) && !explained(line, harmless) && !explained(line, k.expect) {
+		if !errorLine.MatchString(line) {
+			continue
+		}
+		i := slices.IndexFunc(patterns, func(p *regexp.Regexp) bool { return p.MatchString(line) })
+		if i < 0 {
 			found = append(found, strings.TrimSpace(line))
+			continue
 		}
+		allowed[patterns[i].String()]++
 	}
-	return found
-}
-
-func explained(line string, patterns []*regexp.Regexp) bool {
-	for _, pattern := range patterns {
-		if pattern.MatchString(line) {
-			return true
-		}
-	}
-	return false
+	return found, allowed
 }
 
 // harmless are errors of kubelet that podshim has no part in.
