@@ -281,3 +281,26 @@ func (p Process) CgroupValue(v1, v2 string) (string, error) {
 	data, err := os.ReadFile(filepath.Join(dir, file))
 	return strings.TrimSpace(string(data)), err
 }
+
+// CountDisk has the kernel count, for every cgroup, what is done on the disk that a
+// path is on, and returns the disk's number, "MAJOR:MINOR". On cgroup v1, and since
+// Linux 6.10, it counts from the first limit of that disk on (blk_throtl_init): one
+// that holds nothing up is set and taken away.
+func (n *Node) CountDisk(path string) string {
+	n.t.Helper()
+	var st unix.Stat_t
+	if err := unix.Stat(path, &st); err != nil {
+		n.t.Fatalf("disk of %s: %v", path, err)
+	}
+	disk := fmt.Sprintf("%d:%d", unix.Major(st.Dev), unix.Minor(st.Dev))
+	if CgroupV2() {
+		return disk
+	}
+	file := filepath.Join(controllerRoot("blkio"), n.Name, "blkio.throttle.read_bps_device")
+	for _, limit := range []string{" 1099511627776", " 0"} {
+		if err := os.WriteFile(file, []byte(disk+limit), 0); err != nil {
+			n.t.Fatalf("limit of disk %s, for it to be counted: %v", disk, err)
+		}
+	}
+	return disk
+}

@@ -2,6 +2,7 @@ package pod
 
 import (
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -271,6 +272,87 @@ func TestMetrics(t *testing.T) {
 		}
 		checkMetrics(t, how, keys, pods[i], p, c, harness.CgroupPath(parent))
 	}
+}
+
+// What a container does on a disk is what the kernel counts for its cgroup.
+func TestDiskMetrics(t *testing.T) {
+	n := harness.Shared(t)
+	t.Parallel()
+	parent := n.PodCgroup(t.Name())
+	p := n.RunPod(func(c *cri.PodSandboxConfig) { c.Linux.CgroupParent = parent })
+	disk := n.CountDisk(n.Volumes)
+	// Past the page cache, whose writes cgroup v1 counts for nobody.
+	c := p.Shell("dd if=/dev/zero of=/volume/$HOSTNAME bs=64k count=64 oflag=direct && dd if=/volume/$HOSTNAME of=/dev/null bs=64k iflag=direct && echo ready; exec sleep 100000",
+		mounts(&cri.Mount{HostPath: n.Volumes, ContainerPath: "/volume"}))
+	c.WaitLog("ready")
+	dir, err := c.Process().CgroupDir("blkio")
+	if harness.CgroupV2() {
+		dir, err = c.Process().CgroupDir("io")
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	kernel := diskCounts(t, dir, disk)
+	if kernel["container_fs_writes_bytes_total"] < 4<<20 || kernel["container_fs_reads_bytes_total"] < 4<<20 {
+		t.Fatalf("the kernel has counted %v", kernel)
+	}
+	resp, err := n.Runtime.ListPodSandboxMetrics(n.Context(), &cri.ListPodSandboxMetricsRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := map[string]uint64{}
+	for _, pod := range resp.PodMetrics {
+		for _, of := range pod.ContainerMetrics {
+			for _, m := range of.Metrics {
+				if _, counted := kernel[m.Name]; counted && of.ContainerId == c.ID {
+					got[m.Name] += m.Value.GetValue() // of all disks: there is one
+				}
+			}
+		}
+	}
+	if !maps.Equal(got, kernel) {
+		t.Errorf("metrics are %v, the kernel's counts %v", got, kernel)
+	}
+}
+
+// diskCounts are a cgroup's bytes and operations on a disk, by the metrics' names.
+func diskCounts(t *testing.T, dir, disk string) map[string]uint64 {
+	t.Helper()
+	counts := map[string]uint64{}
+	add := func(metric, number string) {
+		v, err := strconv.ParseUint(number, 10, 64)
+		if err != nil {
+			t.Fatal(err)
+		}
+		counts[metric] = v
+	}
+	names := map[string]string{ // io.stat's, and those of blkio's files
+		"rbytes": "container_fs_reads_bytes_total", "wbytes": "container_fs_writes_bytes_total",
+		"rios": "container_fs_reads_total", "wios": "container_fs_writes_total",
+		"io_service_bytes Read": "container_fs_reads_bytes_total", "io_service_bytes Write": "container_fs_writes_bytes_total",
+		"io_serviced Read": "container_fs_reads_total", "io_serviced Write": "container_fs_writes_total",
+	}
+	for _, file := range []string{"io.stat", "blkio.throttle.io_service_bytes_recursive", "blkio.throttle.io_serviced_recursive"} {
+		data, err := os.ReadFile(filepath.Join(dir, file))
+		if err != nil && !os.IsNotExist(err) {
+			t.Fatal(err)
+		}
+		for line := range strings.Lines(string(data)) {
+			fields := strings.Fields(line)
+			if len(fields) < 2 || fields[0] != disk {
+				continue
+			}
+			for _, field := range fields[1:] {
+				if name, number, ok := strings.Cut(field, "="); ok && names[name] != "" {
+					add(names[name], number)
+				}
+			}
+			if of := strings.TrimSuffix(strings.TrimPrefix(file, "blkio.throttle."), "_recursive"); len(fields) == 3 && names[of+" "+fields[1]] != "" {
+				add(names[of+" "+fields[1]], fields[2])
+			}
+		}
+	}
+	return counts
 }
 
 // Metrics too large for a message are refused with the call that has them whatever
