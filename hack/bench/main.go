@@ -91,6 +91,7 @@ func parse() options {
 	only := flag.String("only", strings.Join(parts, ","), "the parts of the work")
 	short := flag.Bool("short", false, "few pods of everything: to try the bench, not to measure")
 	pods := flag.Int("pods", 0, "pods of each runtime, one after the other; 0 is the default")
+	crowd := flag.Int("crowd", 0, "pods of the first runtime alone; 0 is the default")
 	flag.Parse()
 	o.runtimes, o.only = strings.Split(*runtimes, ","), strings.Split(*only, ",")
 	o.sizes = fullSizes
@@ -99,6 +100,9 @@ func parse() options {
 	}
 	if *pods > 0 {
 		o.sizes.pods = *pods
+	}
+	if *crowd > 0 {
+		o.sizes.crowd = *crowd
 	}
 	for _, part := range o.only {
 		if !slices.Contains(parts, part) {

@@ -1,6 +1,7 @@
 package image
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -174,16 +175,16 @@ func (s *Store) collectOne(ctx context.Context, name string) (parent string, rem
 // free deletes the directories of removed snapshots. Those that cannot be deleted
 // now the sweeper tries again.
 func (s *Store) free(ctx context.Context) error {
-	err := s.sn.(snapshots.Cleaner).Cleanup(ctx)
+	dirs, err := s.removedDirs(ctx)
 	if err != nil {
 		return fmt.Errorf("free removed snapshots: %w", err)
 	}
-	left, err := s.removedDirs(ctx) // Cleanup does not say what it could not delete
-	if err != nil {
-		return fmt.Errorf("free removed snapshots: %w", err)
+	var errs []error
+	for _, dir := range dirs {
+		errs = append(errs, os.RemoveAll(dir))
 	}
-	if len(left) > 0 {
-		s.log.WithField("directories", left).Warn("removed snapshots could not be deleted: will be tried again")
+	if err := errors.Join(errs...); err != nil {
+		s.log.WithError(err).Warn("removed snapshots could not be deleted: will be tried again")
 		time.AfterFunc(retrySweep, s.sweep.ask)
 	}
 	return nil
@@ -195,7 +196,8 @@ const retrySweep = 10 * time.Second
 // removedDirs lists the directories of snapshots that there are no more.
 func (s *Store) removedDirs(ctx context.Context) (left []string, err error) {
 	root := filepath.Join(s.cfg.Root, "snapshots")
-	// For writing, so that no snapshot is being made.
+	// For writing, so that no snapshot is being made; but nothing is written, and the
+	// disk not waited for.
 	err = s.meta.WithTransaction(ctx, !s.readOnly, func(ctx context.Context) error {
 		known, err := storage.IDMap(ctx)
 		if err != nil {
@@ -207,8 +209,11 @@ func (s *Store) removedDirs(ctx context.Context) (left []string, err error) {
 				left = append(left, filepath.Join(root, d.Name()))
 			}
 		}
-		return err
+		return cmp.Or(err, errNothingChanged)
 	})
+	if errors.Is(err, errNothingChanged) {
+		err = nil
+	}
 	return left, err
 }
 
