@@ -173,7 +173,7 @@ func lockIdle(run string) (*os.File, error) {
 func repairAlone(ctx context.Context, cfg *config.Config, found []doctor.Finding, exam examination, log *logrus.Logger) (_ []doctor.Finding, err error) {
 	log.SetLevel(logrus.WarnLevel)
 	d := &parts{cfg: cfg, log: log}
-	defer func() { err = errors.Join(err, d.close()) }()
+	defer func() { err = errors.Join(err, d.dismissPodmon(ctx), d.close()) }()
 	if err := d.build(ctx, d.steps()); err != nil {
 		return nil, err
 	}

@@ -55,11 +55,11 @@ func serve(ctx context.Context, cfg *config.Config, log *logrus.Logger) (err err
 	d := &parts{cfg: cfg, log: log}
 	defer func() { err = errors.Join(err, d.close()) }()
 	if err := d.build(ctx, append(d.steps(), step{"metrics", d.openMetrics}, step{"serve CRI", d.openServer}, step{"serve podshim's commands", d.openAdmin})); err != nil {
-		return err
+		return errors.Join(err, d.dismissPodmon(ctx))
 	}
 	listener, err := listen(cfg.CRI)
 	if err != nil {
-		return err
+		return errors.Join(err, d.dismissPodmon(ctx))
 	}
 	served := make(chan error, 1)
 	go func() { served <- d.server.Serve(listener) }()
@@ -282,6 +282,14 @@ func (d *parts) openMonitor(ctx context.Context) error {
 		d.onClose(d.monitor.Close)
 	}
 	return err
+}
+
+// dismissPodmon ends a podmon that was started for nothing.
+func (d *parts) dismissPodmon(ctx context.Context) error {
+	if d.monitor == nil {
+		return nil
+	}
+	return d.monitor.Dismiss(ctx)
 }
 
 // openPods reads what pods there are and goes on with them where the last

@@ -24,9 +24,14 @@ type Events struct {
 	closed      bool
 }
 
+// lastEvents is how long a subscriber may take for what it has not read when podshim
+// stops.
+const lastEvents = time.Second
+
 type subscriber struct {
 	queue chan change
 	slow  chan struct{} // closed when the queue has overflown
+	over  chan struct{} // closed when podshim stops
 }
 
 // change is one event before it is told.
@@ -120,7 +125,7 @@ func (e *Events) subscribe() (*subscriber, error) {
 	if e.closed {
 		return nil, fmt.Errorf("podshim is being stopped: %w", errdefs.ErrUnavailable)
 	}
-	s := &subscriber{queue: make(chan change, backlog), slow: make(chan struct{})}
+	s := &subscriber{queue: make(chan change, backlog), slow: make(chan struct{}), over: make(chan struct{})}
 	if e.subscribers == nil {
 		e.subscribers = make(map[*subscriber]struct{})
 	}
@@ -141,6 +146,7 @@ func (e *Events) Close() {
 	e.closed = true
 	for s := range e.subscribers {
 		close(s.queue)
+		close(s.over)
 		delete(e.subscribers, s)
 	}
 }
@@ -158,15 +164,28 @@ func (s *runtimeService) GetContainerEvents(_ *runtime.GetEventsRequest, stream 
 	if err := stream.SendHeader(nil); err != nil {
 		return err
 	}
+	// A client that does not read blocks what is sent, and must not hold up more. What
+	// is blocked ends with the stream, that is, when this returns.
+	sent := make(chan error, 1)
+	queue, over := sub.queue, sub.over
+	var limit <-chan time.Time
 	for {
 		select {
-		case c, ok := <-sub.queue:
+		case c, ok := <-queue:
 			if !ok {
 				return fmt.Errorf("podshim is being stopped: %w", errdefs.ErrUnavailable)
 			}
-			if err := stream.Send(s.event(c)); err != nil {
+			queue = nil
+			go func() { sent <- stream.Send(s.event(c)) }()
+		case err := <-sent:
+			if err != nil {
 				return err
 			}
+			queue = sub.queue
+		case <-over:
+			over, limit = nil, time.After(lastEvents)
+		case <-limit:
+			return fmt.Errorf("podshim is being stopped, and the client does not read: %w", errdefs.ErrUnavailable)
 		case <-sub.slow:
 			return fmt.Errorf("client is %d events behind: subscribe and list anew: %w", backlog, errdefs.ErrResourceExhausted)
 		case <-stream.Context().Done():

@@ -139,7 +139,8 @@ func (s *Store) removeDiscarded(ctx context.Context) error {
 	if len(keys) == 0 {
 		return nil
 	}
-	parents := map[string]bool{}
+	parents, failed := map[string]bool{}, map[string]bool{}
+	var errs []error
 	err := s.meta.WithTransaction(ctx, true, func(ctx context.Context) error {
 		for _, key := range keys {
 			_, info, _, err := storage.GetInfo(ctx, userPrefix+key)
@@ -147,7 +148,9 @@ func (s *Store) removeDiscarded(ctx context.Context) error {
 				_, _, err = storage.Remove(ctx, userPrefix+key)
 			}
 			if err != nil && !errdefs.IsNotFound(err) {
-				return fmt.Errorf("remove snapshot %s: %w", key, err)
+				failed[key] = true // the others go all the same
+				errs = append(errs, fmt.Errorf("remove snapshot %s: %w", key, err))
+				continue
 			}
 			parents[info.Parent] = true
 		}
@@ -157,9 +160,10 @@ func (s *Store) removeDiscarded(ctx context.Context) error {
 		return err
 	}
 	s.discard.Lock()
-	s.discard.keys = slices.Clone(s.discard.keys[len(keys):])
+	later := s.discard.keys[len(keys):]
+	s.discard.keys = slices.DeleteFunc(keys, func(key string) bool { return !failed[key] })
+	s.discard.keys = append(s.discard.keys, later...)
 	s.discard.Unlock()
-	var errs []error
 	for parent := range parents {
 		errs = append(errs, s.collectFrom(ctx, parent))
 	}

@@ -197,6 +197,31 @@ func TestTerminalReopened(t *testing.T) {
 	}
 }
 
+// A podmon that was started for nothing goes with its Monitor, one that holds something
+// stays.
+func TestDismiss(t *testing.T) {
+	m := newMachine(t)
+	id, _ := m.start("exec sleep 1000")
+	must(t, m.Dismiss(t.Context()))
+	must(t, m.Close())
+	m.connect()
+	if got := len(m.podmons()); got != 1 {
+		t.Fatalf("%d podmons with a container, want 1", got)
+	}
+	must(t, m.Delete(t.Context(), id))
+	must(t, syscall.Kill(m.podmons()[0], unix.SIGKILL))
+	must(t, m.Close())
+	m.connect() // starts another
+	must(t, m.Dismiss(t.Context()))
+	must(t, m.Close())
+	for deadline := time.Now().Add(10 * time.Second); len(m.podmons()) > 0; {
+		if time.Now().After(deadline) {
+			t.Fatalf("podmons %v, want none", m.podmons())
+		}
+	}
+	m.connect()
+}
+
 // A podmon whose program has been taken away is replaced by the same program.
 func TestReplacedWithoutItsProgram(t *testing.T) {
 	m := newMachine(t)

@@ -10,26 +10,32 @@ import (
 
 	"github.com/opencontainers/cgroups"
 	"github.com/opencontainers/cgroups/manager"
+	csystemd "github.com/opencontainers/cgroups/systemd"
 	"golang.org/x/sys/unix"
 
 	"github.com/podshim/podshim/internal/monitor/wire"
 )
 
-// EndLost ends a container that runs and that no podmon knows any more, as after
-// somebody emptied the run directory: its first process, and what else is in its
-// cgroup, which is removed. path is the OCI cgroupsPath. The gone is success, and
-// nothing is done about it. A record may be of an earlier boot, in which another
-// process had the same PID and start time: only what is in the cgroup is ended.
+// EndLost ends a container that no podmon knows any more, as after somebody emptied the
+// run directory: its first process, if that runs still, and what else is in its cgroup,
+// which is removed. path is the OCI cgroupsPath, and bears the container's ID. The gone
+// is success. A record may be of an earlier boot, in which another process had the same
+// PID and start time: only what is in the cgroup is ended.
 func EndLost(ctx context.Context, p Process, path string, systemd bool) error {
-	if p.PID == 0 || !p.Alive() || !inCgroup(p.PID, path) {
-		return nil
+	if path == "" {
+		return nil // it was never made
 	}
-	if err := killAndWait(ctx, p); err != nil {
-		return fmt.Errorf("end lost process %d: %w", p.PID, err)
+	if p.PID != 0 && p.Alive() && inCgroup(p.PID, path) {
+		if err := killAndWait(ctx, p); err != nil {
+			return fmt.Errorf("end lost process %d: %w", p.PID, err)
+		}
 	}
 	cg := &cgroups.Cgroup{Path: path, Resources: &cgroups.Resources{}}
 	if parts := strings.Split(path, ":"); systemd && len(parts) == 3 {
 		cg = &cgroups.Cgroup{Parent: parts[0], ScopePrefix: parts[1], Name: parts[2], Systemd: true, Resources: &cgroups.Resources{}}
+	}
+	if systemd && !csystemd.IsRunningSystemd() {
+		return nil // nobody has made it
 	}
 	cm, err := manager.New(cg)
 	if err != nil {
@@ -52,6 +58,9 @@ func EndLost(ctx context.Context, p Process, path string, systemd bool) error {
 				return fmt.Errorf("end process %d in cgroup %s: %w", pid, path, err)
 			}
 		}
+	}
+	if !cm.Exists() {
+		return nil
 	}
 	if err := cm.Destroy(); err != nil {
 		return fmt.Errorf("cgroup %s: %w", path, err)

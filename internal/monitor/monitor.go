@@ -203,6 +203,22 @@ func (m *Monitor) Close() error {
 	return nil
 }
 
+// Dismiss has a podmon that this Monitor has started, and that holds nothing, end when
+// Close drops its connection: who starts podshim in vain leaves none behind.
+func (m *Monitor) Dismiss(ctx context.Context) error {
+	m.mu.Lock()
+	l := m.current
+	idle := m.Started() > 0 && len(m.held)+len(m.starting) == 0
+	m.mu.Unlock()
+	if l == nil || !idle {
+		return nil
+	}
+	if err := l.request(ctx, wire.OpRetire, struct{}{}, nil); err != nil {
+		return fmt.Errorf("dismiss podmon: %w", err)
+	}
+	return nil
+}
+
 // spawn runs f in the background; Close waits for it. False when the Monitor is closed.
 func (m *Monitor) spawn(f func()) bool {
 	m.mu.Lock()

@@ -43,12 +43,17 @@ func (m *Manager) UpdateResources(ctx context.Context, id string, overhead, reso
 	if resources != nil {
 		linux.Resources = proto.CloneOf(resources)
 	}
-	if r.OwnCgroup {
-		if err := m.limitCgroup(r.CgroupParent, r.linux(), linux); err != nil {
-			return err
-		}
+	if !r.OwnCgroup {
+		return m.all.Update(s, func(r *Record) { r.Updated = linux })
 	}
-	return m.all.Update(s, func(r *Record) { r.Updated = linux })
+	if err := m.limitCgroup(r.CgroupParent, r.linux(), linux); err != nil {
+		return err
+	}
+	if err := m.all.Update(s, func(r *Record) { r.Updated = linux }); err != nil {
+		// A call that fails, on a full disk for example, changes nothing.
+		return errors.Join(err, m.limitCgroup(r.CgroupParent, linux, r.linux()))
+	}
+	return nil
 }
 
 // CurrentConfig is the config with the resources in force.

@@ -3,9 +3,11 @@ package container
 import (
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -173,41 +175,86 @@ func (s saved) restore() error {
 // setOOMScore gives all processes of the container a score, and what they start
 // from then on. It returns that of PID 1 before.
 func (c *Container) setOOMScore(adj int) (before int, err error) {
-	file := func(pid int) string { return fmt.Sprintf("/proc/%d/oom_score_adj", pid) }
-	score := func(pid int) (int, error) {
-		raw, err := os.ReadFile(file(pid))
-		if err != nil {
-			return 0, err
-		}
-		return strconv.Atoi(strings.TrimSpace(string(raw)))
-	}
-	if before, err = score(c.Status().Process.PID); err != nil {
+	if before, err = c.oomScore(); err != nil {
 		return 0, fmt.Errorf("linux.oom_score_adj: %w", err)
 	}
 	// One that forks while the list is read hands the old score on.
 	const passes = 10
 	for range passes {
-		pids, err := c.lc.Processes()
-		if err != nil {
+		changed, err := c.setOOMScores(adj)
+		switch {
+		case errors.Is(err, fs.ErrPermission):
+			return before, wire.Errorf(wire.ClassPrecondition, "linux.oom_score_adj: the kernel does not let podmon lower it that far (CAP_SYS_RESOURCE): %w", err)
+		case err != nil:
 			return before, fmt.Errorf("linux.oom_score_adj: %w", err)
-		}
-		changed := false
-		for _, pid := range pids {
-			if have, err := score(pid); err != nil || have == adj {
-				continue // gone, or done
-			}
-			changed = true
-			err := os.WriteFile(file(pid), []byte(strconv.Itoa(adj)), 0)
-			switch {
-			case errors.Is(err, fs.ErrPermission):
-				return before, wire.Errorf(wire.ClassPrecondition, "linux.oom_score_adj: the kernel does not let podmon lower it that far (CAP_SYS_RESOURCE): %w", err)
-			case err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.ESRCH):
-				return before, fmt.Errorf("linux.oom_score_adj: %w", err)
-			}
-		}
-		if !changed {
-			break
+		case !changed:
+			return before, nil
 		}
 	}
 	return before, nil
+}
+
+// oomScore is PID 1's.
+func (c *Container) oomScore() (int, error) {
+	p := c.Status().Process
+	f, err := openOOMScore(p.PID)
+	if err != nil {
+		return 0, err
+	}
+	defer f.Close()
+	if !p.Exists() { // the file is of another process that got its PID
+		return 0, unix.ESRCH
+	}
+	return readOOMScore(f)
+}
+
+// setOOMScores goes once through the processes, and tells whether it has changed one.
+// Each score is written through a file that is open before the process is found in the
+// cgroup once more: a PID may be another process's by the time it is opened, and the
+// file stays that of its process.
+func (c *Container) setOOMScores(adj int) (changed bool, err error) {
+	pids, err := c.lc.Processes()
+	if err != nil {
+		return false, err
+	}
+	for some := range slices.Chunk(pids, 256) {
+		files := make(map[int]*os.File)
+		for _, pid := range some {
+			if f, err := openOOMScore(pid); err == nil {
+				defer f.Close()
+				files[pid] = f
+			}
+		}
+		now, err := c.lc.Processes()
+		if err != nil {
+			return changed, err
+		}
+		for _, pid := range now {
+			f := files[pid]
+			if f == nil {
+				continue
+			}
+			if have, err := readOOMScore(f); err != nil || have == adj {
+				continue // gone, or done
+			}
+			changed = true
+			if _, err := f.WriteAt([]byte(strconv.Itoa(adj)), 0); err != nil && !errors.Is(err, unix.ESRCH) {
+				return changed, err
+			}
+		}
+	}
+	return changed, nil
+}
+
+func openOOMScore(pid int) (*os.File, error) {
+	return os.OpenFile(fmt.Sprintf("/proc/%d/oom_score_adj", pid), os.O_RDWR, 0)
+}
+
+func readOOMScore(f *os.File) (int, error) {
+	b := make([]byte, 16)
+	n, err := f.ReadAt(b, 0)
+	if err != nil && !errors.Is(err, io.EOF) {
+		return 0, err
+	}
+	return strconv.Atoi(strings.TrimSpace(string(b[:n])))
 }
