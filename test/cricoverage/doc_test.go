@@ -159,6 +159,16 @@ func TestOtherPlatforms(t *testing.T) {
 	}
 }
 
+// What TestCoverage may leave unseen is said to be never set.
+func TestUnseenIsNeverSet(t *testing.T) {
+	p := readPage(t, readAPI())
+	for key := range unseen {
+		if p.rows[key].what != "never set" {
+			t.Errorf("%s: %q", key, p.rows[key].what)
+		}
+	}
+}
+
 const repository = "../.."
 
 var testFunc = regexp.MustCompile(`(?m)^func (Test\w+)\(t \*testing\.T\)`)
