@@ -31,10 +31,12 @@ func Mount(mounts []mount.Mount, target, label string) error {
 }
 
 // labelled is m with an SELinux label for all its files. Of bind mounts only
-// read-only ones can have it, which is what snapshots are bind mounted as.
+// read-only ones can have it, which is what snapshots are bind mounted as; but not
+// ID-mapped ones: containerd's library maps the directory that an overlay's layers
+// have in common, and the target is on another file system.
 func labelled(m mount.Mount, target, label string) mount.Mount {
 	options := slices.Clone(m.Options)
-	if m.Type == "bind" && m.ReadOnly() {
+	if m.Type == "bind" && m.ReadOnly() && !slices.ContainsFunc(options, isIDMap) {
 		options = slices.DeleteFunc(options, func(o string) bool { return o == "ro" || o == "bind" || o == "rbind" })
 		options = append(options, fmt.Sprintf("lowerdir=%s:%s", m.Source, target))
 		m.Type, m.Source = "overlay", "overlay"
