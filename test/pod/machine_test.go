@@ -4,7 +4,6 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
-	"strings"
 	"syscall"
 	"testing"
 
@@ -89,38 +88,54 @@ func TestMountIDMappings(t *testing.T) {
 func TestLimitsOfSomeMachines(t *testing.T) {
 	n, p := start(t)
 	const page = 2 << 20
+	huge := func(pages uint64) *cri.LinuxContainerResources {
+		return &cri.LinuxContainerResources{HugepageLimits: []*cri.HugepageLimit{{PageSize: "2MB", Limit: pages * page}}}
+	}
+	high := func(bytes string) *cri.LinuxContainerResources {
+		return &cri.LinuxContainerResources{Unified: map[string]string{"memory.high": bytes}}
+	}
+	swap := func(mib int64) *cri.LinuxContainerResources {
+		return &cri.LinuxContainerResources{MemoryLimitInBytes: 64 << 20, MemorySwapLimitInBytes: mib << 20}
+	}
+	number := strconv.Itoa
 	for _, tc := range []struct {
-		field    string
-		r        *cri.LinuxContainerResources
-		v1, v2   string // the file
-		onV1, on string // its content
+		field         string
+		first, second *cri.LinuxContainerResources // at the creation, and updated to
+		v1, v2        string                       // the file
+		onV1, onV2    [2]string                    // its content, then and then
 	}{
-		{"hugepage_limits", &cri.LinuxContainerResources{HugepageLimits: []*cri.HugepageLimit{{PageSize: "2MB", Limit: 3 * page}}},
-			"hugetlb.2MB.limit_in_bytes", "hugetlb.2MB.max", strconv.Itoa(3 * page), strconv.Itoa(3 * page)},
-		{"unified", &cri.LinuxContainerResources{Unified: map[string]string{"memory.high": "100003840"}},
-			"memory.high", "memory.high", "", "100003840"},
-		{"memory_swap_limit_in_bytes", &cri.LinuxContainerResources{MemoryLimitInBytes: 64 << 20, MemorySwapLimitInBytes: 80 << 20},
-			"memory.memsw.limit_in_bytes", "memory.swap.max", strconv.Itoa(80 << 20), strconv.Itoa(16 << 20)},
+		{"hugepage_limits", huge(3), huge(5), "hugetlb.2MB.limit_in_bytes", "hugetlb.2MB.max",
+			[2]string{number(3 * page), number(5 * page)}, [2]string{number(3 * page), number(5 * page)}},
+		{"unified", high("100003840"), high("50003968"), "memory.high", "memory.high",
+			[2]string{}, [2]string{"100003840", "50003968"}},
+		{"memory_swap_limit_in_bytes", swap(80), swap(96), "memory.memsw.limit_in_bytes", "memory.swap.max",
+			[2]string{number(80 << 20), number(96 << 20)}, [2]string{number(16 << 20), number(32 << 20)}},
 	} {
 		t.Run(tc.field, func(t *testing.T) {
-			_, probed := p.Infra().CgroupValue(tc.v1, tc.v2)
-			if probed != nil && tc.field == "hugepage_limits" {
-				c := p.With(t).Create(sleeper, resources(tc.r)) // as containerd and CRI-O do
+			_, lacks := p.Infra().CgroupValue(tc.v1, tc.v2)
+			switch {
+			case lacks != nil && tc.field == "hugepage_limits":
+				c := p.With(t).Create(sleeper, resources(tc.first)) // as containerd and CRI-O do
 				n.WaitLog("this machine has no hugetlb controller", c.ID)
 				return
-			}
-			if probed != nil {
-				checkCode(t, create(n, p, resources(tc.r)), notNow, tc.field)
+			case lacks != nil:
+				checkCode(t, create(n, p, resources(tc.first)), notNow, tc.field)
 				return
 			}
-			c := p.With(t).Run(sleeper, resources(tc.r))
+			c := p.With(t).Run(sleeper, resources(tc.first))
 			c.WaitLog("ready")
 			want := tc.onV1
 			if harness.CgroupV2() {
-				want = tc.on
+				want = tc.onV2
 			}
-			if got := value(t, c.Process(), tc.v1, tc.v2); strings.TrimSpace(got) != want {
-				t.Errorf("%s is %s, want %s", tc.v2, got, want)
+			if got := value(t, c.Process(), tc.v1, tc.v2); got != want[0] {
+				t.Errorf("%s is %s, want %s", tc.v2, got, want[0])
+			}
+			if err := update(n, c, tc.second); err != nil {
+				t.Fatal(err)
+			}
+			if got := value(t, c.Process(), tc.v1, tc.v2); got != want[1] {
+				t.Errorf("after the update %s is %s, want %s", tc.v2, got, want[1])
 			}
 		})
 	}
