@@ -17,7 +17,7 @@ VM       := $(CURDIR)/_artifacts/vm$(if $(LSM),-$(LSM))
 PREFIX   ?= /usr/local
 DESTDIR  ?=
 # What is worth its time in an emulated machine: cgroups, and who is restarted by what.
-VM_EXAMPLES ?= ^(TestPods/(localhost|shared-pid|lifetimes|resources|child-oom|pid-limit|huge-pages|probes|hooks|pid1|log-sidecar|volume|stats)|TestRestarts)$$
+VM_EXAMPLES ?= ^(TestPods|TestRestarts)$$/^(localhost|shared-pid|lifetimes|resources|classes|pod-resources|child-oom|pid-limit|huge-pages|probes|hooks|pid1|log-sidecar|volume|stats)$$
 ARGS     ?=
 
 LDFLAGS  := -s -w -X main.version=$(VERSION)
