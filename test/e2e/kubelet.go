@@ -94,6 +94,8 @@ func Start(t TB, opts Options) *Kubelet {
 func newKubelet(t TB, opts Options) *Kubelet {
 	t.Helper()
 	program := find(t)
+	// As podshim has it by default: many pods at once wait for each other's plugins.
+	opts.Node.PluginTimeout = cmp.Or(opts.Node.PluginTimeout, harness.Limit.String())
 	n := harness.Start(t, opts.Node)
 	serveImages(t, n)
 	k := &Kubelet{kubelet: &kubelet{
