@@ -52,6 +52,15 @@ func fill(t *testing.T, root string) string {
 // free is how many bytes a filesystem has left.
 func free(t *testing.T, dir string) uint64 {
 	t.Helper()
+	d, err := os.Open(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer d.Close()
+	// What is deleted ext4 has free when its journal says so.
+	if err := unix.Syncfs(int(d.Fd())); err != nil {
+		t.Fatal(err)
+	}
 	var fs unix.Statfs_t
 	if err := unix.Statfs(dir, &fs); err != nil {
 		t.Fatal(err)
@@ -71,8 +80,21 @@ func refused(t *testing.T, what string, err error) {
 // nothing; what gives room back works, and then all is as it was.
 func TestFullDisk(t *testing.T) {
 	harness.NeedRoot(t)
-	t.Parallel()
-	n := start(t, harness.Options{SmallRoot: "48m"})
+	for name, options := range smallDisks {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			testFullDisk(t, start(t, options))
+		})
+	}
+}
+
+// smallDisks are filesystems that are soon full.
+var smallDisks = map[string]harness.Options{
+	"tmpfs": {SmallRoot: "48m"},
+	"ext4":  {SmallRoot: "64m", SmallRootType: "ext4"},
+}
+
+func testFullDisk(t *testing.T, n *harness.Node) {
 	big := n.NewImage("fault/big", harness.ImageOptions{Files: map[string]string{"big": strings.Repeat("x", 8<<20)}})
 	pod := n.RunPod()
 	// Its log is on the full disk too.
@@ -151,8 +173,15 @@ func TestFullDisk(t *testing.T) {
 // An image is removed from a full disk, and its room is there again.
 func TestImageIsRemovedFromAFullDisk(t *testing.T) {
 	harness.NeedRoot(t)
-	t.Parallel()
-	n := start(t, harness.Options{SmallRoot: "48m"})
+	for name, options := range smallDisks {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			testImageIsRemoved(t, start(t, options))
+		})
+	}
+}
+
+func testImageIsRemoved(t *testing.T, n *harness.Node) {
 	big := n.NewImage("fault/removed", harness.ImageOptions{Files: map[string]string{"big": strings.Repeat("x", 8<<20)}})
 	filled := fill(t, n.Root)
 	if _, err := n.Images.RemoveImage(n.Context(), &cri.RemoveImageRequest{Image: &cri.ImageSpec{Image: big}}); err != nil {

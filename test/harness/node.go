@@ -24,6 +24,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -80,6 +81,8 @@ type Options struct {
 	// SmallRoot is the size of the filesystem that the root directory is on, as
 	// mount(8) reads sizes; "" is the machine's own.
 	SmallRoot string
+	// SmallRootType is "ext4" for a filesystem on a loop device; "" is a tmpfs.
+	SmallRootType string
 	// NoPull leaves the image store empty; otherwise Busybox is pulled.
 	NoPull bool
 }
@@ -188,7 +191,7 @@ func (d *daemon) prepare() error {
 		}
 	}
 	if d.opts.SmallRoot != "" {
-		if err := unix.Mount("small", d.Root, "tmpfs", 0, "nr_inodes=8k,size="+d.opts.SmallRoot); err != nil {
+		if err := d.mountSmallRoot(); err != nil {
 			return fmt.Errorf("mount root directory: %w", err)
 		}
 		if err := os.Chmod(d.Root, 0o711); err != nil {
@@ -215,6 +218,24 @@ func (d *daemon) prepare() error {
 	}
 	d.logs, err = os.OpenFile(dir(d, "podshim.log"), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
 	return err
+}
+
+// mountSmallRoot mounts the filesystem of SmallRoot. A loop device goes with the mount.
+func (d *daemon) mountSmallRoot() error {
+	if d.opts.SmallRootType == "" {
+		return unix.Mount("small", d.Root, "tmpfs", 0, "nr_inodes=8k,size="+d.opts.SmallRoot)
+	}
+	image := dir(d, "small")
+	for _, args := range [][]string{
+		{"truncate", "-s", strings.ToUpper(d.opts.SmallRoot), image},
+		{"mkfs." + d.opts.SmallRootType, "-q", "-m", "0", "-N", "8192", image},
+		{"mount", "-o", "loop", image, d.Root},
+	} {
+		if out, err := exec.Command(args[0], args[1:]...).CombinedOutput(); err != nil {
+			return fmt.Errorf("%s: %w: %s", strings.Join(args, " "), err, out)
+		}
+	}
+	return nil
 }
 
 func (d *daemon) makeCgroups() error {
@@ -489,12 +510,20 @@ func (d *daemon) signal(sig syscall.Signal) error {
 	if err := process.Process.Signal(sig); err != nil && !errors.Is(err, os.ErrProcessDone) {
 		return err
 	}
+	limit, cancel := context.WithTimeout(context.Background(), Limit)
+	defer cancel()
 	select {
 	case <-exited:
-		return nil
-	case <-time.After(Limit):
+	case <-limit.Done():
 		return fmt.Errorf("podshim has not ended %v after %v", Limit, sig)
 	}
+	// Until the client has noticed it puts calls on a connection to nobody.
+	for d.conn != nil && d.conn.GetState() == connectivity.Ready {
+		if !d.conn.WaitForStateChange(limit, connectivity.Ready) {
+			return fmt.Errorf("the client of podshim has not noticed its end %v after it", Limit)
+		}
+	}
+	return nil
 }
 
 // Stop ends the daemon as an operator does; containers run on.
