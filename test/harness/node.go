@@ -216,6 +216,11 @@ func (d *daemon) prepare() error {
 	if err := d.writeConfig(); err != nil {
 		return err
 	}
+	// Once: a crictl that runs must not find it half written by another's test.
+	crictl := "runtime-endpoint: unix://" + d.Socket + "\nimage-endpoint: unix://" + d.Socket + "\ntimeout: 60\n"
+	if err := os.WriteFile(dir(d, "crictl.yaml"), []byte(crictl), 0o600); err != nil {
+		return err
+	}
 	d.logs, err = os.OpenFile(dir(d, "podshim.log"), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
 	return err
 }
@@ -641,11 +646,7 @@ func (n *Node) Crictl(args ...string) *exec.Cmd {
 	if err != nil {
 		n.t.Fatalf("find crictl: %v", err)
 	}
-	conf := filepath.Join(n.Dir, "crictl.yaml")
-	if err := os.WriteFile(conf, []byte("runtime-endpoint: unix://"+n.Socket+"\nimage-endpoint: unix://"+n.Socket+"\ntimeout: 60\n"), 0o600); err != nil {
-		n.t.Fatalf("write crictl.yaml: %v", err)
-	}
-	return exec.Command(filepath.Join(tools, "crictl"), append([]string{"--config", conf}, args...)...)
+	return exec.Command(filepath.Join(tools, "crictl"), append([]string{"--config", dir(n.daemon, "crictl.yaml")}, args...)...)
 }
 
 // Pull pulls an image and returns its reference as the store knows it.
