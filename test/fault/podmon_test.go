@@ -68,6 +68,11 @@ func TestPodmonKilled(t *testing.T) {
 	for _, c := range writers {
 		processes[c] = c.Process()
 	}
+	// Each has to be taken over, too.
+	for range times(50, 5) {
+		c := p.Shell(idler)
+		processes[c] = c.Process()
+	}
 	churn := churnContainers(t, n, p)
 
 	kills := times(50, 5)
@@ -134,8 +139,8 @@ func TestPodmonKilled(t *testing.T) {
 	if most := kills * 4096 / 4; lost > most {
 		t.Errorf("%d lines of the terminal are lost, at most %d may be", lost, most)
 	}
-	figures(t, "%d kills; %d lines, none lost or twice; of %d lines of a terminal %d were lost; exec again after %v (median %v), attach after %v (median %v); %d containers came and went with exact codes, the start of %d was cut off",
-		kills, lines, written, lost, worst(execs), median(execs), worst(attaches), median(attaches), short.exact, short.cut)
+	figures(t, "%d kills under %d containers; %d lines, none lost or twice; of %d lines of a terminal %d were lost; exec again after %v (median %v), attach after %v (median %v); %d containers came and went with exact codes, the start of %d was cut off",
+		kills, len(processes), lines, written, lost, worst(execs), median(execs), worst(attaches), median(attaches), short.exact, short.cut)
 }
 
 // untilDone asks again what a podmon that went away has cut off.
