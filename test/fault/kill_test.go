@@ -150,6 +150,7 @@ func (k *killer) strike() {
 func (k *killer) kill() {
 	k.epoch.Add(1)
 	k.n.Kill()
+	k.n.AwaitDisconnect()
 	k.epoch.Add(1)
 	k.strikes++
 }

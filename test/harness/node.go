@@ -515,20 +515,26 @@ func (d *daemon) signal(sig syscall.Signal) error {
 	if err := process.Process.Signal(sig); err != nil && !errors.Is(err, os.ErrProcessDone) {
 		return err
 	}
-	limit, cancel := context.WithTimeout(context.Background(), Limit)
-	defer cancel()
 	select {
 	case <-exited:
-	case <-limit.Done():
+		return nil
+	case <-time.After(Limit):
 		return fmt.Errorf("podshim has not ended %v after %v", Limit, sig)
 	}
-	// Until the client has noticed it puts calls on a connection to nobody.
-	for d.conn != nil && d.conn.GetState() == connectivity.Ready {
-		if !d.conn.WaitForStateChange(limit, connectivity.Ready) {
-			return fmt.Errorf("the client of podshim has not noticed its end %v after it", Limit)
+}
+
+// AwaitDisconnect returns when the client has noticed the daemon's end: until then it
+// puts calls on a connection to nobody. A child that the daemon has just forked has the
+// connection too, until it is another program.
+func (n *Node) AwaitDisconnect() {
+	n.t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), Limit)
+	defer cancel()
+	for n.conn.GetState() == connectivity.Ready {
+		if !n.conn.WaitForStateChange(ctx, connectivity.Ready) {
+			n.t.Fatalf("the client has not noticed podshim's end %v after it", Limit)
 		}
 	}
-	return nil
 }
 
 // Stop ends the daemon as an operator does; containers run on.
