@@ -18,7 +18,7 @@ import (
 func TestRestarts(t *testing.T) {
 	t.Parallel()
 	k := Start(t, Options{})
-	k.expect = append(k.expect, regexp.MustCompile(`code = Unavailable|error reading from server: (EOF|connection reset by peer)|Unable to authenticate|context deadline exceeded|"Failed to stop sandbox" podSandboxID=`))
+	k.expect = append(k.expect, regexp.MustCompile(`code = Unavailable|error reading from server: (EOF|connection reset by peer)|Unable to authenticate|context deadline exceeded|container runtime is down|"Failed to stop sandbox" podSandboxID=`))
 	pods := []*Pod{k.Run("localhost"), k.Run("log-sidecar"), k.Run("probes", "rm /tmp/live", "true", "timeoutSeconds: 1", "timeoutSeconds: 60"), k.Run("native-sidecar"), k.Run("user-namespace")}
 	before := map[string]harness.Process{}
 	for _, p := range pods {
