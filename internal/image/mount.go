@@ -23,11 +23,24 @@ func Mount(mounts []mount.Mount, target, label string) error {
 		if label != "" {
 			m = labelled(m, target, label)
 		}
+		m = volatile(m)
 		if err := mountOne(m, target); err != nil {
 			return errors.Join(fmt.Errorf("mount snapshot on %s: %w", target, err), Unmount(target))
 		}
 	}
 	return nil
+}
+
+// volatile is m without syncs. Without it the kernel writes all that is dirty on the
+// whole filesystem to the disk, other pods' data too, whenever a container's root is
+// unmounted (ovl_sync_fs), and the removal waits for that. What a container has written to
+// its root is of no use after a power cut, for it does not run then and is made anew; so
+// its own fsync has nothing to keep either. Such a snapshot can be mounted once only.
+func volatile(m mount.Mount) mount.Mount {
+	if m.Type == "overlay" && slices.ContainsFunc(m.Options, func(o string) bool { return strings.HasPrefix(o, "upperdir=") }) {
+		m.Options = append(slices.Clone(m.Options), "volatile")
+	}
+	return m
 }
 
 // labelled is m with an SELinux label for all its files. Of bind mounts only

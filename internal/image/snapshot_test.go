@@ -182,6 +182,33 @@ func TestWritesStayInTheContainer(t *testing.T) {
 	}
 }
 
+// The kernel syncs the whole filesystem when a root without this option is unmounted.
+func TestUnmountWaitsForNoDisk(t *testing.T) {
+	s, img := pulledStore(t)
+	root := mounted(t, s, "c", img)
+	write := filepath.Join(root, "written")
+	if err := os.WriteFile(write, []byte("by the container"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	table, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(table)) {
+		f := strings.Fields(line)
+		if f[4] == root && !strings.HasSuffix(f[len(f)-1], "volatile") {
+			t.Errorf("mounted with %s", f[len(f)-1])
+		}
+	}
+	if err := Unmount(root); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.RemoveSnapshot(context.Background(), "c"); err != nil {
+		t.Fatal(err)
+	}
+	assertSnapshots(t, s, 2) // the image's layers
+}
+
 func TestViewIsReadOnly(t *testing.T) {
 	s, img := pulledStore(t)
 	mounts, err := s.View(context.Background(), "volume", img)
