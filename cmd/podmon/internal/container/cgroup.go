@@ -58,10 +58,7 @@ func (c *Container) run(process *libcontainer.Process) error {
 		}
 		return c.hideCgroups()
 	}
-	if err := makeCgroups(config.Cgroups, c.rec.CgroupPaths); err != nil {
-		return fmt.Errorf("make cgroups: %w", err)
-	}
-	if err := c.startInit(process); err != nil {
+	if err := c.startInit(process, config.Cgroups); err != nil {
 		return err
 	}
 	// The program waits for Exec: podmon's own work there is under no limit.
@@ -74,30 +71,36 @@ func (c *Container) run(process *libcontainer.Process) error {
 	return c.lc.Exec()
 }
 
-// makeCgroups makes the cgroups and puts nothing into them.
-func makeCgroups(config *cgroups.Cgroup, paths map[string]string) error {
-	own := *config
-	cg, err := manager.NewWithPaths(&own, maps.Clone(paths))
-	if err != nil {
-		return err
-	}
-	return cg.Apply(-1)
-}
-
 // startInit starts "podmon init" as PID 1. libcontainer has no cgroup meanwhile and is
 // told to make do without; afterwards it has them again.
-func (c *Container) startInit(process *libcontainer.Process) error {
-	settings := c.lc.Config().Cgroups
+func (c *Container) startInit(process *libcontainer.Process, settings *cgroups.Cgroup) error {
 	wanted := *settings
-	settle, err := c.join(process, true)
+	if err := c.hideCgroups(); err != nil {
+		return err
+	}
+	order, err := join.NewOrder()
 	if err != nil {
 		return err
 	}
-	if err := c.hideCgroups(); err != nil {
-		return settle(err)
-	}
+	process.ExtraFiles = []*os.File{order.File()}
 	settings.Rootless, settings.Resources = true, &cgroups.Resources{}
-	err = settle(c.lc.Start(process))
+	// Beside the first steps of the process, which waits for them.
+	made := make(chan error, 1)
+	go func() {
+		err := makeCgroups(wanted, c.rec.CgroupPaths)
+		if err == nil {
+			err = order.Send(c.rec.CgroupPaths, true)
+		}
+		if err != nil {
+			order.Cancel()
+		}
+		made <- err
+	}()
+	err = c.lc.Start(process)
+	if madeErr := <-made; madeErr != nil {
+		err = errors.Join(madeErr, err)
+	}
+	err = settle(order, process, err)
 	*settings = wanted
 	c.showCgroups()
 	if err == nil {
@@ -109,22 +112,39 @@ func (c *Container) startInit(process *libcontainer.Process) error {
 	return err
 }
 
-// join has a process that is about to be started join the container's cgroups. The
-// returned function takes the result of the start, reaps, and adds what went wrong.
-func (c *Container) join(process *libcontainer.Process, init bool) (settle func(error) error, err error) {
-	if !c.joins() {
-		return func(err error) error { return err }, nil
+// makeCgroups makes the cgroups and puts nothing into them.
+func makeCgroups(config cgroups.Cgroup, paths map[string]string) error {
+	cg, err := manager.NewWithPaths(&config, maps.Clone(paths))
+	if err == nil {
+		err = cg.Apply(-1)
 	}
-	order, err := join.NewOrder(c.rec.CgroupPaths, init)
 	if err != nil {
-		return nil, err
+		return fmt.Errorf("make cgroups: %w", err)
+	}
+	return nil
+}
+
+// startExec starts a process that is not PID 1, in the container's cgroups.
+func (c *Container) startExec(process *libcontainer.Process) error {
+	if !c.joins() {
+		return c.lc.Run(process)
+	}
+	order, err := join.NewOrder()
+	if err != nil {
+		return err
 	}
 	process.ExtraFiles = []*os.File{order.File()}
-	return func(err error) error {
-		process.ExtraFiles = nil
-		if moved := order.Settle(err != nil); !moved && err == nil {
-			return errors.New("the process has not joined its cgroups")
-		}
-		return err
-	}, nil
+	if err := order.Send(c.rec.CgroupPaths, false); err != nil {
+		return settle(order, process, err)
+	}
+	return settle(order, process, c.lc.Run(process))
+}
+
+// settle takes the result of a start, and adds to it when the process has not joined.
+func settle(order *join.Order, process *libcontainer.Process, err error) error {
+	process.ExtraFiles = nil
+	if moved := order.Settle(err != nil); !moved && err == nil {
+		return errors.New("the process has not joined its cgroups")
+	}
+	return err
 }

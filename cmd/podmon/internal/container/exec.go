@@ -91,11 +91,7 @@ func (c *Container) runExec(process *libcontainer.Process) error {
 	if c.lc == nil || c.ended() {
 		return wire.Errorf(wire.ClassPrecondition, "exec: container %s has exited", c.ID)
 	}
-	settle, err := c.join(process, false)
-	if err != nil {
-		return err
-	}
-	if err := settle(c.lc.Run(process)); err != nil {
+	if err := c.startExec(process); err != nil {
 		err, known := classify("exec", err)
 		if !known {
 			c.m.reaper.look()

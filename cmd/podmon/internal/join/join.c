@@ -9,6 +9,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/socket.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -16,9 +17,8 @@
 #define CLONE_INTO_CGROUP 0x200000000ULL
 #endif
 
-// Descriptor and file that Order makes; see there for what is in it.
+// The socket of an Order; see there for what is said.
 #define ORDER 3
-#define ORDER_LINK "/memfd:podmon-cgroups (deleted)"
 
 // libcontainer reads the log pipe and makes its lines the error of the start.
 static void fail(const char *attempt, const char *path)
@@ -46,11 +46,11 @@ static int put(const char *path, const char *value)
 	return n < 0 ? -1 : 0;
 }
 
-// tell writes what podmon waits for to the beginning of the order.
+// tell answers podmon.
 static void tell(int32_t pid)
 {
-	if (pwrite(ORDER, &pid, sizeof(pid), 0) != sizeof(pid))
-		fail("note the move to", "cgroups");
+	if (send(ORDER, &pid, sizeof(pid), MSG_NOSIGNAL) != sizeof(pid))
+		fail("tell of the move to", "cgroups");
 }
 
 // enter goes on as a child that is born in the cgroup v2 directory. The parent is podmon,
@@ -80,29 +80,33 @@ static int enter(const char *dir)
 void __attribute__((constructor(101))) podmon_join(void)
 {
 	static char order[64 << 10];
-	char link[sizeof(ORDER_LINK) + 1];
+	int type = 0;
+	socklen_t size = sizeof(type);
 
 	if (!getenv("_LIBCONTAINER_INITPIPE"))
 		return; // not "podmon init"
-	ssize_t n = readlink("/proc/self/fd/3", link, sizeof(link));
-	if (n != sizeof(ORDER_LINK) - 1 || memcmp(link, ORDER_LINK, n))
+	// No other socket that libcontainer gives it has messages.
+	if (getsockopt(ORDER, SOL_SOCKET, SO_TYPE, &type, &size) < 0 || type != SOCK_SEQPACKET)
 		return; // no order: libcontainer moves the process
 	// It keeps its number taken, and is closed by the container's program.
 	if (fcntl(ORDER, F_SETFD, FD_CLOEXEC) < 0)
-		fail("close on exec", "the list of cgroups");
-	n = pread(ORDER, order, sizeof(order) - 1, 0);
-	if (n < 5) {
-		errno = n < 0 ? errno : EINVAL;
-		fail("read", "the list of cgroups");
+		fail("close on exec", "the order of cgroups");
+	ssize_t n;
+	do // podmon makes the cgroups meanwhile
+		n = recv(ORDER, order, sizeof(order) - 1, 0);
+	while (n < 0 && errno == EINTR);
+	if (n < 1) {
+		errno = n < 0 ? errno : ECANCELED;
+		fail("receive", "the order of cgroups");
 	}
 	int told = 0;
-	for (char *entry = order + 5; entry < order + n; entry += strlen(entry) + 1) {
+	for (char *entry = order + 1; entry < order + n; entry += strlen(entry) + 1) {
 		int rc = *entry == 'U' ? enter(entry + 1) : put(entry + 1, "0");
 		if (rc < 0 && *entry == 't')
 			fail("join", entry + 1);
 		told |= rc > 0;
 	}
-	if (order[4] == 'r') {
+	if (order[0] == 'r') {
 		// All CPUs that the cpuset allows: podmon's own affinity is not the container's.
 		static unsigned char all[8 << 10];
 		memset(all, 0xff, sizeof(all));

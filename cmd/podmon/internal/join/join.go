@@ -29,44 +29,48 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Order tells one process which cgroups to join, and podmon what has become of that. It is
-// a memfd of the name that join.c looks for:
+// Order tells one process which cgroups to join, over a socket on which it waits for that
+// (SOCK_SEQPACKET, by which join.c knows it). The message to it is
 //
-//	4 bytes  what podmon is told: 0 before the move; then the PID of the process that
-//	         goes on, or -1 when that is the one libcontainer has made
 //	1 byte   'r': it may use all CPUs of its cpuset, whatever podmon may
 //	then     a letter and a path, each ended by a zero byte: 't' for the "tasks" file of a
 //	         v1 cgroup, 'T' for one that it joins where it can, 'U' for the directory of a
 //	         v2 one, the same
-type Order struct{ file *os.File }
-
-// name must be that in join.c.
-const name = "podmon-cgroups"
+//
+// and its answer, once it has joined, the PID of the process that goes on, 4 bytes; -1 when
+// that is the one libcontainer has made.
+type Order struct{ ours, theirs *os.File }
 
 // limit is the size of join.c's buffer.
 const limit = 64 << 10
 
-// NewOrder makes an order for the cgroups, whose keys are the subsystems as
-// cgroups.Manager has them. It must be the first of the process's extra files.
-func NewOrder(paths map[string]string, resetAffinity bool) (*Order, error) {
-	text := encode(paths, resetAffinity)
-	if len(text) >= limit {
-		return nil, errors.New("list of cgroups: too long")
-	}
-	fd, err := unix.MemfdCreate(name, unix.MFD_CLOEXEC)
+// NewOrder makes an order. Its File must be the first of the process's extra files.
+func NewOrder() (*Order, error) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
-		return nil, fmt.Errorf("list of cgroups: %w", err)
+		return nil, fmt.Errorf("socket for the order of cgroups: %w", err)
 	}
-	o := &Order{os.NewFile(uintptr(fd), name)}
-	if _, err := o.file.Write(text); err != nil {
-		o.file.Close()
-		return nil, fmt.Errorf("list of cgroups: %w", err)
-	}
-	return o, nil
+	return &Order{os.NewFile(uintptr(fds[0]), "order"), os.NewFile(uintptr(fds[1]), "order")}, nil
 }
 
+// Send has the process join the cgroups, whose keys are the subsystems as cgroups.Manager
+// has them. They must be there. It may be called before the process is.
+func (o *Order) Send(paths map[string]string, resetAffinity bool) error {
+	text := encode(paths, resetAffinity)
+	if len(text) >= limit {
+		return errors.New("send the order of cgroups: too long")
+	}
+	if _, err := o.ours.Write(text); err != nil {
+		return fmt.Errorf("send the order of cgroups: %w", err)
+	}
+	return nil
+}
+
+// Cancel ends a process that has got no order, or will be made without one.
+func (o *Order) Cancel() { _ = unix.Shutdown(int(o.ours.Fd()), unix.SHUT_RDWR) }
+
 func encode(paths map[string]string, resetAffinity bool) []byte {
-	text := bytes.NewBuffer(make([]byte, 4, 2<<10))
+	text := bytes.NewBuffer(make([]byte, 0, 2<<10))
 	text.WriteByte(map[bool]byte{true: 'r', false: '-'}[resetAffinity])
 	var entries []string
 	for subsystem, dir := range paths {
@@ -93,27 +97,29 @@ func encode(paths map[string]string, resetAffinity bool) []byte {
 }
 
 // File is what the process has to be given.
-func (o *Order) File() *os.File { return o.file }
+func (o *Order) File() *os.File { return o.theirs }
 
 // Settle is called when libcontainer has started the process, or has given up (failed). It
 // reaps the first stage where libcontainer does not know of it, killed after a failure, and
 // tells whether the move has been made.
 func (o *Order) Settle(failed bool) (moved bool) {
-	defer o.file.Close()
-	var told [4]byte
-	if _, err := o.file.ReadAt(told[:], 0); err != nil {
+	defer o.ours.Close()
+	o.theirs.Close()
+	var answer [4]byte
+	n, _, err := unix.Recvfrom(int(o.ours.Fd()), answer[:], unix.MSG_DONTWAIT)
+	if err != nil || n != len(answer) {
 		return false
 	}
-	pid := int(int32(binary.NativeEndian.Uint32(told[:])))
-	if pid > 0 {
-		if failed {
-			_ = unix.Kill(pid, unix.SIGKILL)
-		}
-		for {
-			if _, err := unix.Wait4(pid, nil, 0, nil); err != unix.EINTR {
-				break
-			}
+	pid := int(int32(binary.NativeEndian.Uint32(answer[:])))
+	if pid < 0 {
+		return true
+	}
+	if failed {
+		_ = unix.Kill(pid, unix.SIGKILL)
+	}
+	for {
+		if _, err := unix.Wait4(pid, nil, 0, nil); err != unix.EINTR {
+			return true
 		}
 	}
-	return pid != 0
 }

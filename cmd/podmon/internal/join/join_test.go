@@ -88,6 +88,18 @@ func joined(t *testing.T, o *Order) (out, log string, err error) {
 	return string(text[:n]), string(text[n : n+m]), err
 }
 
+func ordered(t *testing.T, paths map[string]string, resetAffinity bool) *Order {
+	t.Helper()
+	o, err := NewOrder()
+	if err == nil {
+		err = o.Send(paths, resetAffinity)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return o
+}
+
 func TestJoin(t *testing.T) {
 	paths, name := cgroupsOf(t)
 	paths["name=absent"] = "/sys/fs/cgroup/absent/" + name // may be missing
@@ -96,10 +108,7 @@ func TestJoin(t *testing.T) {
 		t.Fatal(err)
 	}
 	one.Set(0)
-	o, err := NewOrder(paths, true)
-	if err != nil {
-		t.Fatal(err)
-	}
+	o := ordered(t, paths, true)
 	runtime.LockOSThread() // whose CPUs they are
 	defer runtime.UnlockOSThread()
 	if err := unix.SchedSetaffinity(0, &one); err != nil {
@@ -127,10 +136,7 @@ func TestJoin(t *testing.T) {
 func TestJoinRefused(t *testing.T) {
 	paths, name := cgroupsOf(t)
 	paths["blkio"] = "/sys/fs/cgroup/blkio/absent-" + name
-	o, err := NewOrder(paths, false)
-	if err != nil {
-		t.Fatal(err)
-	}
+	o := ordered(t, paths, false)
 	out, log, err := joined(t, o)
 	var exit *exec.ExitError
 	if !errors.As(err, &exit) || out != "" {
@@ -138,6 +144,22 @@ func TestJoinRefused(t *testing.T) {
 	}
 	if want := "join " + paths["blkio"] + "/tasks: No such file or directory"; !strings.Contains(log, want) {
 		t.Errorf("log %q, want %q", log, want)
+	}
+	if o.Settle(true) {
+		t.Error("says that it has joined")
+	}
+}
+
+// A process waits for its order, and ends when there will be none.
+func TestCancel(t *testing.T) {
+	o, err := NewOrder()
+	if err != nil {
+		t.Fatal(err)
+	}
+	o.Cancel()
+	out, log, err := joined(t, o)
+	if err == nil || out != "" || !strings.Contains(log, "receive the order of cgroups") {
+		t.Errorf("%v, ran: %q, log %q", err, out, log)
 	}
 	if o.Settle(true) {
 		t.Error("says that it has joined")
