@@ -83,5 +83,6 @@ func (c *Container) libState() (any, error) {
 	if err != nil {
 		return nil, fmt.Errorf("state: %w", err)
 	}
+	state.CgroupPaths = c.rec.CgroupPaths // libcontainer's own may be hidden from it
 	return state, nil
 }

@@ -213,7 +213,7 @@ func (c *Container) oomScore() (int, error) {
 // cgroup once more: a PID may be another process's by the time it is opened, and the
 // file stays that of its process.
 func (c *Container) setOOMScores(adj int) (changed bool, err error) {
-	pids, err := c.lc.Processes()
+	pids, err := processes(c.cgroup)
 	if err != nil {
 		return false, err
 	}
@@ -225,7 +225,7 @@ func (c *Container) setOOMScores(adj int) (changed bool, err error) {
 				files[pid] = f
 			}
 		}
-		now, err := c.lc.Processes()
+		now, err := processes(c.cgroup)
 		if err != nil {
 			return changed, err
 		}
