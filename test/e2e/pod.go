@@ -274,10 +274,15 @@ func (p *Pod) Process(container string) harness.Process {
 	return p.k.process(id)
 }
 
-// process is the oldest process in the cgroup of a container or sandbox.
+// process is PID 1 of a container or sandbox, the oldest process in its cgroup, once it
+// runs the container's own program: for a moment after the start it still is the runtime's.
 func (k *Kubelet) process(id string) harness.Process {
 	k.t.Helper()
-	all := processesOf(id)
+	var all []harness.Process
+	k.ask(func() bool {
+		all = processesOf(id)
+		return len(all) == 0 || !strings.HasPrefix(all[0].Name, "runc:[")
+	})
 	if len(all) == 0 {
 		k.t.Fatalf("no process has a cgroup of %s", id)
 	}
