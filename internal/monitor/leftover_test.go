@@ -222,6 +222,21 @@ func TestDismiss(t *testing.T) {
 	m.connect()
 }
 
+// A podmon whose directory is removed, when nobody needs it, ends and makes nothing anew.
+func TestRemovedRunDirectory(t *testing.T) {
+	m := newMachine(t)
+	podmon := m.podmons()[0]
+	must(t, m.Close())
+	must(t, os.RemoveAll(filepath.Join(m.o.RunDir, "podmon")))
+	if _, err := syscall.Wait4(podmon, nil, 0, nil); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Lstat(filepath.Join(m.o.RunDir, "podmon")); !os.IsNotExist(err) {
+		t.Errorf("its directory: %v", err)
+	}
+	m.connect()
+}
+
 // A podmon whose program has been taken away is replaced by the same program.
 func TestReplacedWithoutItsProgram(t *testing.T) {
 	m := newMachine(t)

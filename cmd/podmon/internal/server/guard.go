@@ -20,7 +20,8 @@ const settle = time.Second
 
 // Guard serves the socket in dir, and sees to it that the socket and the files by which
 // containers are taken over are there: when somebody empties the run directory, they
-// are written anew. It ends with this podmon.
+// are written anew. A podmon that holds nothing, and that no daemon talks to, ends
+// instead. It ends with this podmon.
 func (s *Server) Guard(l *net.UnixListener, dir string) error {
 	served := make(chan error, 1)
 	serve := func(l *net.UnixListener) { served <- s.Serve(l) }
@@ -37,6 +38,9 @@ func (s *Server) Guard(l *net.UnixListener, dir string) error {
 		case <-removed:
 		}
 		stop()
+		if s.unneeded() {
+			return nil
+		}
 		next, err := s.restore(dir)
 		for ; err != nil; next, err = s.restore(dir) {
 			logrus.WithError(err).Error("write the run directory anew")
@@ -53,6 +57,13 @@ func (s *Server) Guard(l *net.UnixListener, dir string) error {
 		go serve(next)
 		l = next
 	}
+}
+
+// unneeded tells that nothing would be lost with this podmon.
+func (s *Server) unneeded() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.sessions) == 0 && !s.m.Busy()
 }
 
 // restore makes the socket and what podmon has on file again.
