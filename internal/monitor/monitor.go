@@ -88,6 +88,7 @@ type Monitor struct {
 	held     map[string]*held
 	starting map[string]struct{}
 	adopting map[string]int // requests underway
+	awaited  map[string]int // requests that wait for a container's podmon
 	// stray are exits that came before the container was on record as their
 	// podmon's: answers and events are handled by different goroutines.
 	stray   map[string]stray
@@ -131,7 +132,7 @@ func New(ctx context.Context, o Options) (_ *Monitor, err error) {
 	m := &Monitor{
 		o: o, log: o.Log, events: newQueue(),
 		links: map[*link]struct{}{}, held: map[string]*held{},
-		starting: map[string]struct{}{}, stray: map[string]stray{}, adopting: map[string]int{},
+		starting: map[string]struct{}{}, stray: map[string]stray{}, adopting: map[string]int{}, awaited: map[string]int{},
 		changed: make(chan struct{}),
 	}
 	m.ctx, m.cancel = context.WithCancel(context.Background())
@@ -331,14 +332,25 @@ func (m *Monitor) route(ctx context.Context, id string) (*link, error) {
 		}
 		_, alive := m.links[l]
 		changed := m.changed
-		m.mu.Unlock()
 		if alive && !moving {
+			m.mu.Unlock()
 			return l, nil
 		}
+		m.awaited[id]++
+		m.mu.Unlock()
+		var err error
 		select {
 		case <-changed:
 		case <-ctx.Done():
-			return nil, fmt.Errorf("wait for podmon: %w", ctx.Err())
+			err = fmt.Errorf("wait for podmon: %w", ctx.Err())
+		}
+		m.mu.Lock()
+		if m.awaited[id]--; m.awaited[id] == 0 {
+			delete(m.awaited, id)
+		}
+		m.mu.Unlock()
+		if err != nil {
+			return nil, err
 		}
 	}
 }

@@ -406,21 +406,47 @@ func (m *Monitor) adoptAll(ctx context.Context, from *link) error {
 	return m.adoptEach(ctx, m.heldBy(from))
 }
 
-// adoptEach adopts containers, several at once: none waits for another one that
-// is hard to take over, or fails with it.
+// adopters is how many containers are adopted at once: none waits for another one that is
+// hard to take over, and those that a request waits for do not share the CPU with all.
+const adopters = 8
+
+// adoptEach adopts containers, first those that somebody waits for. None fails with
+// another one.
 func (m *Monitor) adoptEach(ctx context.Context, ids []string) error {
-	errs := make([]error, len(ids))
-	slots := make(chan struct{}, 32) // each takes descriptors while it is underway
+	var mu sync.Mutex // guards what is left of ids, and errs
+	var errs []error
+	next := func() (string, bool) {
+		mu.Lock()
+		defer mu.Unlock()
+		if len(ids) == 0 {
+			return "", false
+		}
+		i := max(0, slices.IndexFunc(ids, m.isAwaited))
+		id := ids[i]
+		ids = slices.Delete(ids, i, i+1)
+		return id, true
+	}
 	var wg sync.WaitGroup
-	for i, id := range ids {
+	for range min(adopters, len(ids)) {
 		wg.Go(func() {
-			slots <- struct{}{}
-			defer func() { <-slots }()
-			errs[i] = m.adopt(ctx, id)
+			for id, ok := next(); ok; id, ok = next() {
+				if err := m.adopt(ctx, id); err != nil {
+					mu.Lock()
+					errs = append(errs, err)
+					mu.Unlock()
+				}
+			}
 		})
 	}
 	wg.Wait()
 	return errors.Join(errs...)
+}
+
+// isAwaited tells whether a request waits for a container's podmon.
+func (m *Monitor) isAwaited(id string) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.awaited[id] > 0
 }
 
 func (m *Monitor) heldBy(l *link) []string {
