@@ -196,6 +196,12 @@ var harmless = []*regexp.Regexp{
 	regexp.MustCompile(`"failed to read memory cgroup (config|limits) for the pod" .*no such file or directory"`),
 	// kubelet learns of a mirror pod later than it makes it.
 	regexp.MustCompile(`"Failed creating a mirror pod" err="pods .* already exists"`),
+	// A log is read while podmon writes: the kernel shows a write page by page, so that the
+	// last line may be a part of one.
+	regexp.MustCompile(`"Failed when parsing line in log file" err="timestamp is not found" .* line="[-0-9T:.]*Z?"$`),
+	// testLifetimes kills the pod's infra container while kubelet starts a container in the pod.
+	regexp.MustCompile(`"CreateContainer in sandbox from runtime service failed" err="rpc error: code = FailedPrecondition desc = pod sandbox \w+ is not ready \(the infra container ended\)`),
+	regexp.MustCompile(`"crashing\\?" with CreateContainerError: \\?"pod sandbox |start failed in pod lifetimes-node_default\(\w+\): CreateContainerError: pod sandbox `),
 	// What the tests' own containers do.
 	regexp.MustCompile(`"Error syncing pod, skipping" err="(failed|\[failed) to \\"StartContainer\\" for \\"(flaky|crashing|steady|greedy|fading|sidecar|unsteady|again|whole)\\" with CrashLoopBackOff`),
 	regexp.MustCompile(`"StartContainer from runtime service failed" .*exec: \\"/no/such/program\\"`),
