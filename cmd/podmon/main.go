@@ -9,9 +9,10 @@
 //	podmon serve RUNDIR INSTANCE BUILD [systemd]
 //
 // It listens on RUNDIR/podmon/INSTANCE/sock and tells so by closing descriptor
-// 3. It ends when the daemon retires it, never by itself: containers and their
-// output depend on it, and it drops SIGTERM, SIGINT and SIGHUP. When it is
-// killed all the same, the daemon starts another one that takes over.
+// 3. It ends when the daemon retires it, or when its run directory is removed while it
+// holds nothing, and never otherwise: containers and their output depend on it, and it
+// drops SIGTERM, SIGINT and SIGHUP. When it is killed all the same, the daemon starts
+// another one that takes over.
 //
 // libcontainer starts containers by running this program again as "podmon init".
 package main

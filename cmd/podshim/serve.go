@@ -289,8 +289,14 @@ func (d *parts) dismissPodmon(ctx context.Context) error {
 	if d.monitor == nil {
 		return nil
 	}
+	// Also when it is given up because ctx has ended.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), dismissLimit)
+	defer cancel()
 	return d.monitor.Dismiss(ctx)
 }
+
+// dismissLimit is how long the end of an idle podmon may be waited for.
+const dismissLimit = 5 * time.Second
 
 // openPods reads what pods there are and goes on with them where the last
 // podshim has left off.

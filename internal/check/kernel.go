@@ -215,7 +215,7 @@ func tryOverlay(parent string) (err error) {
 		}
 	}
 	merged := filepath.Join(dir, "merged")
-	options := fmt.Sprintf("lowerdir=%[1]s/lower2:%[1]s/lower1,upperdir=%[1]s/upper,workdir=%[1]s/work", dir)
+	options := fmt.Sprintf("lowerdir=%[1]s/lower2:%[1]s/lower1,upperdir=%[1]s/upper,workdir=%[1]s/work,volatile", dir)
 	if err := unix.Mount("overlay", merged, "overlay", 0, options); err != nil {
 		return fmt.Errorf("mount: %w", err)
 	}

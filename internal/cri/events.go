@@ -176,7 +176,8 @@ func (s *runtimeService) GetContainerEvents(_ *runtime.GetEventsRequest, stream 
 				return fmt.Errorf("podshim is being stopped: %w", errdefs.ErrUnavailable)
 			}
 			queue = nil
-			go func() { sent <- stream.Send(s.event(c)) }()
+			event := s.event(c)
+			go func() { sent <- stream.Send(event) }()
 		case err := <-sent:
 			if err != nil {
 				return err

@@ -21,8 +21,6 @@ var loading sync.Mutex
 // loaded if it is not there, also when somebody has removed it since; every other
 // one is the operator's to load. It is what spec.Container.LoadedAppArmor wants.
 func LoadedAppArmor(profile string) error {
-	loading.Lock()
-	defer loading.Unlock()
 	loaded, err := apparmor.IsLoaded(profile)
 	switch {
 	case err != nil:
@@ -31,6 +29,11 @@ func LoadedAppArmor(profile string) error {
 		return nil
 	case profile != spec.DefaultAppArmor:
 		return fmt.Errorf("profile %q is not loaded on this machine; load it with %s -r FILE: %w", profile, appArmorParser, errdefs.ErrFailedPrecondition)
+	}
+	loading.Lock()
+	defer loading.Unlock()
+	if loaded, err := apparmor.IsLoaded(profile); err == nil && loaded {
+		return nil // by the one before
 	}
 	if err := apparmor.InstallDefault(profile); err != nil {
 		return fmt.Errorf("load profile %q: %w", profile, err)

@@ -170,10 +170,14 @@ func (s *Store) doubt() error {
 	return nil
 }
 
-// forgetRecord forgets an image by its ID, whatever of its record can be read.
+// forgetRecord forgets an image by its ID, whatever of its record can be read, unless it
+// has been pulled anew meanwhile.
 func (s *Store) forgetRecord(ctx context.Context, d Damage) error {
 	for _, id := range d.Images {
 		if img, err := s.Get(id); err == nil {
+			if _, err := s.chainNames(ctx, img.ChainID); err == nil {
+				continue
+			}
 			s.forgetDamaged(img, d.Why)
 		}
 		s.publish.Lock()

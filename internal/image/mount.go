@@ -35,7 +35,9 @@ func Mount(mounts []mount.Mount, target, label string) error {
 // whole filesystem to the disk, other pods' data too, whenever a container's root is
 // unmounted (ovl_sync_fs), and the removal waits for that. What a container has written to
 // its root is of no use after a power cut, for it does not run then and is made anew; so
-// its own fsync has nothing to keep either. Such a snapshot can be mounted once only.
+// its own fsync has nothing to keep either. Such a snapshot can be mounted once only. When
+// the disk below fails a write, fsync fails (EIO) in every container that was mounted
+// before, until it is made anew (the kernel's overlayfs.rst, "Volatile mount").
 func volatile(m mount.Mount) mount.Mount {
 	if m.Type == "overlay" && slices.ContainsFunc(m.Options, func(o string) bool { return strings.HasPrefix(o, "upperdir=") }) {
 		m.Options = append(slices.Clone(m.Options), "volatile")

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/fsnotify/fsnotify"
+	"golang.org/x/sys/unix"
 
 	"github.com/podshim/podshim/internal/monitor/wire"
 )
@@ -20,8 +21,8 @@ import (
 const rebindLimit = 10 * time.Second
 
 // findPodmons lists the podmons of a run directory that run, by instance, as the kernel
-// knows them: their files may be gone. They are of this mount namespace, which no
-// container is in, so that none can pass for one.
+// knows them: their files may be gone. They are of this user and of this mount
+// namespace, so that neither a container nor another user of the machine can pass for one.
 func findPodmons(runDir string) (map[string]Process, error) {
 	entries, err := os.ReadDir("/proc")
 	if err != nil {
@@ -40,6 +41,10 @@ func findPodmons(runDir string) (map[string]Process, error) {
 		raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
 		args := strings.Split(string(raw), "\x00")
 		if err != nil || len(args) < 5 || args[0] != "podmon" || args[1] != "serve" || args[2] != runDir {
+			continue
+		}
+		var owner unix.Stat_t
+		if err := unix.Stat(fmt.Sprintf("/proc/%d", pid), &owner); err != nil || int(owner.Uid) != os.Geteuid() {
 			continue
 		}
 		if ns, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/mnt", pid)); err != nil || ns != self {

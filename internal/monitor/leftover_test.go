@@ -213,11 +213,14 @@ func TestDismiss(t *testing.T) {
 	must(t, m.Close())
 	m.connect() // starts another
 	must(t, m.Dismiss(t.Context()))
-	must(t, m.Close())
 	for deadline := time.Now().Add(10 * time.Second); len(m.podmons()) > 0; {
 		if time.Now().After(deadline) {
 			t.Fatalf("podmons %v, want none", m.podmons())
 		}
+	}
+	must(t, m.Close())
+	if left := m.podmons(); len(left) > 0 {
+		t.Errorf("podmons %v after Close: the dismissed one was replaced", left)
 	}
 	m.connect()
 }

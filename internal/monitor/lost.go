@@ -43,6 +43,9 @@ func EndLost(ctx context.Context, p Process, path string, systemd bool) error {
 	}
 	for cm.Exists() {
 		pids, err := cm.GetAllPids()
+		if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENODEV) {
+			break // it has been removed meanwhile
+		}
 		if err != nil {
 			return fmt.Errorf("processes in cgroup %s: %w", path, err)
 		}
@@ -51,10 +54,10 @@ func EndLost(ctx context.Context, p Process, path string, systemd bool) error {
 		}
 		for _, pid := range pids {
 			other, err := wire.Identify(pid)
-			if err == nil {
-				err = killAndWait(ctx, other)
+			if err != nil || !inCgroup(pid, path) { // gone, perhaps with another one of its PID
+				continue
 			}
-			if ctx.Err() != nil {
+			if err := killAndWait(ctx, other); err != nil {
 				return fmt.Errorf("end process %d in cgroup %s: %w", pid, path, err)
 			}
 		}

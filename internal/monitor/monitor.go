@@ -138,7 +138,7 @@ func New(ctx context.Context, o Options) (_ *Monitor, err error) {
 	m.ctx, m.cancel = context.WithCancel(context.Background())
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, m.Close())
+			err = errors.Join(err, m.Dismiss(context.WithoutCancel(ctx)), m.Close())
 		}
 	}()
 	if err := m.reconnect(ctx); err != nil {
@@ -204,8 +204,8 @@ func (m *Monitor) Close() error {
 	return nil
 }
 
-// Dismiss has a podmon that this Monitor has started, and that holds nothing, end when
-// Close drops its connection: who starts podshim in vain leaves none behind.
+// Dismiss ends a podmon that this Monitor has started, and that holds nothing: who starts
+// podshim in vain leaves none behind. Nobody replaces it; only Close may follow.
 func (m *Monitor) Dismiss(ctx context.Context) error {
 	m.mu.Lock()
 	l := m.current
@@ -214,6 +214,7 @@ func (m *Monitor) Dismiss(ctx context.Context) error {
 	if l == nil || !idle {
 		return nil
 	}
+	m.cancel() // those who would replace it
 	if err := l.request(ctx, wire.OpRetire, struct{}{}, nil); err != nil {
 		return fmt.Errorf("dismiss podmon: %w", err)
 	}

@@ -44,9 +44,13 @@ func (m *Monitor) sealedProgram() (*program, error) {
 }
 
 // borrowProgram keeps what the current podmon runs, which st and build are of.
-func (m *Monitor) borrowProgram(pid int, build string, st unix.Stat_t) {
+func (m *Monitor) borrowProgram(podmon Process, build string, st unix.Stat_t) {
 	// It is its memfd, and so it is sealed.
-	f, err := os.Open(fmt.Sprintf("/proc/%d/exe", pid))
+	f, err := os.Open(fmt.Sprintf("/proc/%d/exe", podmon.PID))
+	if err == nil && !podmon.Alive() { // the file may be of another process that got its PID
+		f.Close()
+		err = unix.ESRCH
+	}
 	if err != nil {
 		m.log.WithError(err).Debug("open the program of podmon")
 		return // it will be copied when it is needed

@@ -174,7 +174,7 @@ func (m *Monitor) outdated() bool {
 		return false
 	}
 	if current.Build == build {
-		m.borrowProgram(current.Process.PID, build, st)
+		m.borrowProgram(current.Process, build, st)
 	}
 	return current.Build != build || current.SystemdCgroup != m.o.SystemdCgroup
 }

@@ -134,7 +134,7 @@ func testProbes(t *testing.T, k *Kubelet) {
 	if now := p.Sandbox(); now != sandbox || after.Status.PodIP != status.Status.PodIP {
 		t.Errorf("sandbox %s became %s, IP %s became %s", sandbox, now, status.Status.PodIP, after.Status.PodIP)
 	}
-	if log := p.Logs("fading", "previous=true"); log != "stopping\n" {
+	if log := p.WaitLog("fading", "stopping\n", "previous=true"); log != "stopping\n" {
 		t.Errorf("the preStop hook left %q in the log of the instance before", log)
 	}
 }

@@ -183,8 +183,6 @@ const noEviction = "{memory.available: 20Mi, nodefs.available: 1%, imagefs.avail
 // configuration is docs/kubelet.md's, with names, ports and limits that keep it
 // apart from everything else on the machine.
 func (k *kubelet) configuration(n *harness.Node, port int, resolv, eviction string) string {
-	// Short, but not over before kubelet has looked twice, which takes an emulated machine long.
-	backOff := time.Second + (harness.Limit-time.Minute)/10
 	return fmt.Sprintf(`apiVersion: kubelet.config.k8s.io/v1beta1
 kind: KubeletConfiguration
 containerRuntimeEndpoint: unix://%s
@@ -205,8 +203,8 @@ makeIPTablesUtilChains: false
 resolvConf: %s
 clusterDomain: `+clusterDomain+`
 evictionHard: %s
-crashLoopBackOff: {maxContainerRestartPeriod: %s}
-`, n.Socket, k.Manifests, k.Logs, k.Dir, port, k.CgroupRoot, resolv, eviction, backOff)
+crashLoopBackOff: {maxContainerRestartPeriod: 1s}
+`, n.Socket, k.Manifests, k.Logs, k.Dir, port, k.CgroupRoot, resolv, eviction)
 }
 
 func freePort() (int, error) {

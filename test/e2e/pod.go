@@ -311,12 +311,12 @@ func (p *Pod) Logs(container string, options ...string) string {
 	return body
 }
 
-// WaitLog returns a container's log once it contains a text.
-func (p *Pod) WaitLog(container, text string) string {
+// WaitLog returns a container's log once it contains a text; options are those of Logs.
+func (p *Pod) WaitLog(container, text string, options ...string) string {
 	p.k.t.Helper()
 	var log string
 	if !p.k.ask(func() bool {
-		log = p.Logs(container)
+		log = p.Logs(container, options...)
 		return strings.Contains(log, text)
 	}) {
 		p.k.t.Fatalf("log of %s in pod %s does not contain %q after %v:\n%s", container, p.Name, text, Limit, log)

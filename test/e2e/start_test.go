@@ -3,6 +3,7 @@ package e2e
 import (
 	"fmt"
 	"os/exec"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -157,11 +158,12 @@ func testLifetimes(t *testing.T, k *Kubelet) {
 	if end := before.Container("crashing").LastState.Terminated; end.ExitCode != 3 || end.Reason != "Error" {
 		t.Errorf("the crash is %d %s, want 3 Error", end.ExitCode, end.Reason)
 	}
-	p.Wait("waiting before the next try", func(s PodStatus) bool {
-		c := s.Container("crashing")
-		return c.State.Waiting != nil && c.State.Waiting.Reason == "CrashLoopBackOff"
-	})
-	if log := p.Logs("crashing", "previous=true"); log != "giving up\n" {
+	// kubelet looks at a pod again when the back-off is over: the state is CrashLoopBackOff
+	// for the moment before the next start only, but its log has it.
+	backedOff := regexp.MustCompile(`CrashLoopBackOff.*container=crashing pod=` + regexp.QuoteMeta(p.Name) + `-`)
+	p.Wait("held back before the next try", func(PodStatus) bool { return backedOff.MatchString(k.Log()) })
+	// While kubelet has removed an instance and not seen the next one's end there is none.
+	if log := p.WaitLog("crashing", "giving up\n", "previous=true"); log != "giving up\n" {
 		t.Errorf("log of the instance before is %q", log)
 	}
 	infra, sandbox := p.Infra()

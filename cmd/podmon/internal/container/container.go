@@ -77,6 +77,7 @@ type Manager struct {
 	journal *stdio.Journal
 	reaper  *reaper
 
+	keeping    sync.Mutex // by KeepFiles
 	mu         sync.Mutex
 	containers map[string]*Container
 	execs      atomic.Int64 // running ones
@@ -109,6 +110,11 @@ type Container struct {
 	lc *libcontainer.Container
 	// hidden is lc's list of its cgroups, empty but for a moment; see hideCgroups.
 	hidden map[string]string
+
+	// files is held while missing files are written anew, which must not be when
+	// Delete has removed them.
+	files   sync.Mutex
+	deleted bool
 
 	killBy time.Time   // watch's own: when killing leftovers ends
 	killed atomic.Bool // podmon has sent SIGKILL
@@ -535,6 +541,9 @@ func (c *Container) Delete(ctx context.Context) error {
 			return err
 		}
 	}
+	c.files.Lock()
+	c.deleted = true
+	c.files.Unlock()
 	if err := c.m.removeFiles(c.ID); err != nil {
 		return err
 	}

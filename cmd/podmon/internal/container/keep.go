@@ -15,6 +15,8 @@ const libState = "state.json"
 // containers over: somebody has emptied the run directory. The paths of output FIFOs
 // cannot be made again; as long as the daemon or podmon holds them nobody needs these.
 func (m *Manager) KeepFiles() error {
+	m.keeping.Lock()
+	defer m.keeping.Unlock()
 	for _, dir := range []string{m.stateRoot(), m.containerRoot(), filepath.Dir(m.journalOf(m.Owner))} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return err
@@ -44,8 +46,10 @@ func (c *Container) keepFiles() error {
 	if c.err != nil {
 		return nil
 	}
+	c.files.Lock()
+	defer c.files.Unlock()
 	c.mu.Lock()
-	exit, forgotten := c.exit, c.released
+	exit, forgotten := c.exit, c.released || c.deleted
 	c.mu.Unlock()
 	if forgotten {
 		return nil

@@ -217,30 +217,44 @@ func (c *Container) setOOMScores(adj int) (changed bool, err error) {
 	if err != nil {
 		return false, err
 	}
-	for some := range slices.Chunk(pids, 256) {
-		files := make(map[int]*os.File)
-		for _, pid := range some {
-			if f, err := openOOMScore(pid); err == nil {
-				defer f.Close()
-				files[pid] = f
-			}
-		}
-		now, err := processes(c.cgroup)
+	for some := range slices.Chunk(pids, 256) { // so that few files are open
+		of, err := c.setSomeOOMScores(some, adj)
+		changed = changed || of
 		if err != nil {
 			return changed, err
 		}
-		for _, pid := range now {
-			f := files[pid]
-			if f == nil {
-				continue
-			}
-			if have, err := readOOMScore(f); err != nil || have == adj {
-				continue // gone, or done
-			}
-			changed = true
-			if _, err := f.WriteAt([]byte(strconv.Itoa(adj)), 0); err != nil && !errors.Is(err, unix.ESRCH) {
-				return changed, err
-			}
+	}
+	return changed, nil
+}
+
+func (c *Container) setSomeOOMScores(pids []int, adj int) (changed bool, err error) {
+	files := make(map[int]*os.File)
+	for _, pid := range pids {
+		f, err := openOOMScore(pid)
+		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ESRCH) {
+			continue
+		}
+		if err != nil {
+			return false, err
+		}
+		defer f.Close()
+		files[pid] = f
+	}
+	now, err := processes(c.cgroup)
+	if err != nil {
+		return false, err
+	}
+	for _, pid := range now {
+		f := files[pid]
+		if f == nil {
+			continue
+		}
+		if have, err := readOOMScore(f); err != nil || have == adj {
+			continue // gone, or done
+		}
+		changed = true
+		if _, err := f.WriteAt([]byte(strconv.Itoa(adj)), 0); err != nil && !errors.Is(err, unix.ESRCH) {
+			return changed, err
 		}
 	}
 	return changed, nil

@@ -85,7 +85,8 @@ void __attribute__((constructor(101))) podmon_join(void)
 
 	if (!getenv("_LIBCONTAINER_INITPIPE"))
 		return; // not "podmon init"
-	// No other socket that libcontainer gives it has messages.
+	// libcontainer's own socket of messages, the one it synchronizes by, never has this
+	// number: its console or init socket comes before it, and both are streams.
 	if (getsockopt(ORDER, SOL_SOCKET, SO_TYPE, &type, &size) < 0 || type != SOCK_SEQPACKET)
 		return; // no order: libcontainer moves the process
 	// It keeps its number taken, and is closed by the container's program.

@@ -18,6 +18,10 @@ import (
 // a while, and may come to what has been written anew.
 const settle = time.Second
 
+// rewatch is the pause before another try to watch the socket, which wants one of a few
+// inotify instances (fs.inotify.max_user_instances).
+const rewatch = time.Minute
+
 // Guard serves the socket in dir, and sees to it that the socket and the files by which
 // containers are taken over are there: when somebody empties the run directory, they
 // are written anew. A podmon that holds nothing, and that no daemon talks to, ends
@@ -28,13 +32,18 @@ func (s *Server) Guard(l *net.UnixListener, dir string) error {
 	go serve(l)
 	for {
 		removed, stop, err := awaitRemoval(filepath.Join(dir, "sock"))
+		var again <-chan time.Time
 		if err != nil {
-			logrus.WithError(err).Warn("watch the socket")
+			logrus.WithError(err).Warn("watch the socket; trying again")
+			again = time.After(rewatch)
 		}
 		select {
 		case err := <-served:
 			stop()
 			return err
+		case <-again:
+			stop()
+			continue
 		case <-removed:
 		}
 		stop()
@@ -85,9 +94,9 @@ func (s *Server) keepFiles() {
 	}
 }
 
-// awaitRemoval closes removed when path leads to what it leads to now no more. A bound
-// socket has no other end: the kernel tells of a change of its link count, and that it
-// was moved. stop ends the waiting.
+// awaitRemoval closes removed when what path leads to now has been removed or moved. A
+// bound socket has no other end: the kernel tells of a change of its link count, and that
+// it was moved; not that a directory above it was. stop ends the waiting.
 func awaitRemoval(path string) (removed <-chan struct{}, stop func(), err error) {
 	gone := make(chan struct{})
 	fd, err := unix.InotifyInit1(unix.IN_CLOEXEC | unix.IN_NONBLOCK)
@@ -126,5 +135,8 @@ func awaitRemoval(path string) (removed <-chan struct{}, stop func(), err error)
 func identity(path string) (id [2]uint64, err error) {
 	var st unix.Stat_t
 	err = unix.Lstat(path, &st)
+	if err == nil && st.Nlink == 0 { // told of before its name goes
+		err = unix.ENOENT
+	}
 	return [2]uint64{st.Dev, st.Ino}, err
 }
