@@ -183,19 +183,14 @@ func TestRemoval(t *testing.T) {
 	for _, p := range pods {
 		p.Remove()
 	}
-	// kubelet removes dead sandboxes once a minute.
-	var after []string
+	// kubelet removes dead sandboxes once a minute, and their logs after them.
+	var after, dirs, logs []string
 	if !k.ask(func() bool {
-		after = k.state()
-		return slices.Equal(before, after)
+		after, dirs, logs = k.state(), k.podDirs(), filesBelow(k.Logs)
+		return slices.Equal(before, after) && len(dirs)+len(logs) == 0
 	}) {
-		t.Errorf("what the pods have left:\n%s\nwhat is missing:\n%s", strings.Join(less(after, before), "\n"), strings.Join(less(before, after), "\n"))
-	}
-	if dirs := k.podDirs(); len(dirs) != 0 {
-		t.Errorf("kubelet's directories of pods are still there: %v", dirs)
-	}
-	if logs := filesBelow(k.Logs); len(logs) != 0 {
-		t.Errorf("logs are still there: %v", logs)
+		t.Errorf("what the pods have left:\n%s\nwhat is missing:\n%s\nkubelet's directories: %v, logs: %v",
+			strings.Join(less(after, before), "\n"), strings.Join(less(before, after), "\n"), dirs, logs)
 	}
 }
 
