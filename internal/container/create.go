@@ -232,9 +232,7 @@ func (m *Manager) build(ctx context.Context, c *Container, pod spec.Pod, handler
 	if err != nil {
 		return err
 	}
-	if sizes := spec.HugepagesUnlimited(r.Config.GetLinux().GetResources(), m.Host); len(sizes) > 0 {
-		m.log(r).WithField("page_sizes", sizes).Warn("this machine has no hugetlb controller: the container's huge pages are not limited")
-	}
+	m.warnHugepages(r, r.Config.GetLinux().GetResources())
 	if err := cdi.Inject(oci, r.Config, cdi.Dirs); err != nil {
 		return err
 	}

@@ -36,6 +36,7 @@ func (m *Manager) UpdateResources(ctx context.Context, id string, want *runtime.
 	if err != nil {
 		return err
 	}
+	m.warnHugepages(r, want)
 	var adj *int
 	if want.GetOomScoreAdj() != 0 {
 		adj = spec.OOMScoreAdj(want, m.Host)
@@ -61,6 +62,13 @@ func (m *Manager) UpdateResources(ctx context.Context, id string, want *runtime.
 			r.Resources.MemorySwapLimitInBytes = *m.Swap // moved with the memory limit
 		}
 	})
+}
+
+// warnHugepages says in the log which limits the machine does not keep.
+func (m *Manager) warnHugepages(r *Record, want *runtime.LinuxContainerResources) {
+	if sizes := spec.HugepagesUnlimited(want, m.Host); len(sizes) > 0 {
+		m.log(r).WithField("page_sizes", sizes).Warn("this machine has no hugetlb controller: the container's huge pages are not limited")
+	}
 }
 
 // merge lays what a request sets over what was in force. Hugepage limits are set

@@ -115,8 +115,14 @@ func TestLimitsOfSomeMachines(t *testing.T) {
 			_, lacks := p.Infra().CgroupValue(tc.v1, tc.v2)
 			switch {
 			case lacks != nil && tc.field == "hugepage_limits":
+				const warning = "this machine has no hugetlb controller"
 				c := p.With(t).Create(sleeper, resources(tc.first)) // as containerd and CRI-O do
-				n.WaitLog("this machine has no hugetlb controller", c.ID)
+				n.WaitLog(warning, c.ID)
+				c = p.With(t).Create(sleeper)
+				if err := update(n, c, tc.second); err != nil {
+					t.Fatal(err)
+				}
+				n.WaitLog(warning, c.ID)
 				return
 			case lacks != nil:
 				checkCode(t, create(n, p, resources(tc.first)), notNow, tc.field)
