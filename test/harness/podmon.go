@@ -37,6 +37,29 @@ func (n *Node) InstallPodmon() {
 	}
 }
 
+// SpoilPodmon makes the program that InstallPodmon has installed none that can be started,
+// until mend.
+func (n *Node) SpoilPodmon() (mend func()) {
+	n.t.Helper()
+	if n.podmon == "" {
+		n.t.Fatalf("podmon is not the node's own: InstallPodmon makes it so")
+	}
+	whole := n.podmon + ".whole"
+	err := os.Rename(n.podmon, whole)
+	if err == nil {
+		err = os.WriteFile(n.podmon, []byte("not a program"), 0o755)
+	}
+	if err != nil {
+		n.t.Fatalf("spoil podmon: %v", err)
+	}
+	return func() {
+		n.t.Helper()
+		if err := os.Rename(whole, n.podmon); err != nil {
+			n.t.Fatalf("mend podmon: %v", err)
+		}
+	}
+}
+
 func (d *daemon) installPodmon() error {
 	bin, err := Binaries()
 	if err != nil {

@@ -350,6 +350,9 @@ func (s *scene) statsCases() []badCase {
 		bad("of the unknown container", notFound, unknown, r.ContainerStats, &cri.ContainerStatsRequest{ContainerId: unknown}),
 		bad("of no sandbox", invalid, "pod_sandbox_id", r.PodSandboxStats, &cri.PodSandboxStatsRequest{}),
 		bad("of the unknown sandbox", notFound, unknown, r.PodSandboxStats, &cri.PodSandboxStatsRequest{PodSandboxId: unknown}),
+		bad("of a container that has ended", notNow, s.exited.ID, r.ContainerStats, &cri.ContainerStatsRequest{ContainerId: s.exited.ID}),
+		bad("of a container that was never started", notNow, s.created.ID, r.ContainerStats, &cri.ContainerStatsRequest{ContainerId: s.created.ID}),
+		bad("of a sandbox that was stopped", notNow, s.gone.ID, r.PodSandboxStats, &cri.PodSandboxStatsRequest{PodSandboxId: s.gone.ID}),
 	}
 }
 

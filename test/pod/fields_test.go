@@ -164,6 +164,15 @@ func TestInspect(t *testing.T) {
 		return strings.TrimSpace(stdout)
 	}
 	pid, infra := strconv.Itoa(c.Process().PID), strconv.Itoa(p.Infra().PID)
+	// As the OCI spec has it, and below the hierarchies' roots: systemd has its own way for both.
+	cgroup := func(id string) (spec, path string) {
+		if harness.Systemd {
+			return n.PodsCgroup + ":podshim:" + id, harness.CgroupPath(n.PodsCgroup) + "/podshim-" + id + ".scope"
+		}
+		return n.PodsCgroup + "/" + id, n.PodsCgroup + "/" + id
+	}
+	specOfC, pathOfC := cgroup(c.ID)
+	specOfP, pathOfP := cgroup(p.ID)
 	for template, want := range map[string]string{
 		"{{.info.pid}}":                      pid,
 		"{{.info.sandboxID}}":                p.ID,
@@ -171,7 +180,7 @@ func TestInspect(t *testing.T) {
 		"{{.info.config.metadata.name}}":     c.Config.Metadata.Name,
 		"{{.info.snapshotKey}}":              c.ID,
 		"{{.info.snapshotter}}":              "overlayfs",
-		"{{.info.cgroupsPath}}":              n.PodsCgroup + "/" + c.ID,
+		"{{.info.cgroupsPath}}":              specOfC,
 		"{{range .info.runtimeSpec.mounts}}{{if eq .destination \"/volumes\"}}{{.source}}{{end}}{{end}}": n.Volumes,
 		"{{.status.state}}": "CONTAINER_RUNNING",
 	} {
@@ -192,13 +201,13 @@ func TestInspect(t *testing.T) {
 		"{{.info.config.metadata.uid}}":             p.Config.Metadata.Uid,
 		"{{.info.runtimeSpec.annotations}}":         inspect("inspectp", p.ID, "{{.info.runtimeSpec.annotations}}"),
 		"{{(index .info.cniResult.ips 0).address}}": p.Status().Network.Ip + "/24",
-		"{{.info.cgroupsPath}}":                     n.PodsCgroup + "/" + p.ID,
+		"{{.info.cgroupsPath}}":                     specOfP,
 	} {
 		if got := inspect("inspectp", p.ID, template); got != want {
 			t.Errorf("inspectp %s is %q, want %q", template, got, want)
 		}
 	}
-	if !strings.Contains(p.Infra().Cgroup, n.PodsCgroup+"/"+p.ID) || !strings.Contains(c.Process().Cgroup, n.PodsCgroup+"/"+c.ID) {
+	if !strings.Contains(p.Infra().Cgroup, pathOfP) || !strings.Contains(c.Process().Cgroup, pathOfC) {
 		t.Errorf("cgroups are %s and %s", p.Infra().Cgroup, c.Process().Cgroup)
 	}
 	c.Stop(0)

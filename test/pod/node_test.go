@@ -6,8 +6,10 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"regexp"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -47,27 +49,11 @@ func TestNetworkReadiness(t *testing.T) {
 	}
 }
 
-// waitNetwork waits for the condition, as kubelet does: by asking.
+// waitNetwork waits for a network, or for none, which must be told with why and where.
 func waitNetwork(t *testing.T, n *harness.Node, ready bool) {
 	t.Helper()
-	var last *cri.RuntimeCondition
-	if !eventually(func() bool {
-		s, err := n.Runtime.Status(n.Context(), &cri.StatusRequest{})
-		if err != nil {
-			t.Fatal(err)
-		}
-		for _, c := range s.Status.Conditions {
-			if c.Type == "RuntimeReady" && !c.Status {
-				t.Errorf("runtime is not ready: %v", c)
-			}
-			if c.Type == "NetworkReady" {
-				last = c
-			}
-		}
-		return last.GetStatus() == ready
-	}) {
-		t.Fatalf("network condition stays %v", last)
-	}
+	waitCondition(t, n, "RuntimeReady", true)
+	last := waitCondition(t, n, "NetworkReady", ready)
 	if !ready && (last.Reason == "" || !strings.Contains(last.Message, n.CNIConf)) {
 		t.Errorf("condition does not say why and where: %v", last)
 	}
@@ -174,8 +160,12 @@ func TestNodeAnswers(t *testing.T) {
 		t.Errorf("version: %v, %v", v, err)
 	}
 	c, err := n.Runtime.RuntimeConfig(n.Context(), &cri.RuntimeConfigRequest{})
-	if err != nil || c.GetLinux().GetCgroupDriver() != cri.CgroupDriver_CGROUPFS {
-		t.Errorf("runtime config: %v, %v", c, err)
+	driver := cri.CgroupDriver_CGROUPFS // as the node's configuration says
+	if harness.Systemd {
+		driver = cri.CgroupDriver_SYSTEMD
+	}
+	if err != nil || c.GetLinux().GetCgroupDriver() != driver {
+		t.Errorf("runtime config: %v, %v; want %v", c, err, driver)
 	}
 	s, err := n.Runtime.Status(n.Context(), &cri.StatusRequest{Verbose: true})
 	if err != nil || len(s.Info) == 0 {
@@ -194,6 +184,100 @@ func TestNodeAnswers(t *testing.T) {
 	if err := unix.Stat(n.Root+"/images", &st); err == nil && st.Mode&0o007 != 0 && st.Mode&0o007 != 0o001 {
 		t.Errorf("image store is %o", st.Mode)
 	}
+}
+
+// A configuration that names no cgroup driver has the one that goes with the machine's
+// init, and kubelet is told it.
+func TestCgroupDriverIsDetected(t *testing.T) {
+	harness.NeedRoot(t)
+	t.Parallel()
+	n := harness.Start(t, harness.Options{NoPull: true})
+	path := n.Dir + "/config.toml"
+	config, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	without := regexp.MustCompile(`(?m)^(driver|parent) = .*\n`).ReplaceAll(config, nil)
+	if len(without) == len(config) {
+		t.Fatalf("the node's configuration names no driver:\n%s", config)
+	}
+	if err := os.WriteFile(path, without, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	n.Restart()
+	init, err := os.ReadFile("/proc/1/comm")
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := cri.CgroupDriver_CGROUPFS
+	if string(init) == "systemd\n" {
+		want = cri.CgroupDriver_SYSTEMD
+	}
+	c, err := n.Runtime.RuntimeConfig(n.Context(), &cri.RuntimeConfigRequest{})
+	if err != nil || c.GetLinux().GetCgroupDriver() != want {
+		t.Errorf("runtime config: %v, %v; want %v, PID 1 is %s", c, err, want, init)
+	}
+}
+
+// The runtime is not ready while no podmon answers and none can be started, and says why;
+// what runs goes on, and what is asked for meanwhile is had afterwards.
+func TestRuntimeReadiness(t *testing.T) {
+	harness.NeedRoot(t)
+	t.Parallel()
+	n := harness.Start(t, harness.Options{})
+	old := n.Podmon()
+	n.InstallPodmon()
+	n.Restart()
+	if err := old.WaitGone(harness.Limit); err != nil {
+		t.Fatal(err)
+	}
+	running := n.RunPod().Run(sleeper)
+	running.WaitLog("ready")
+	process := running.Process()
+	for name, sig := range map[string]unix.Signal{"killed": unix.SIGKILL, "stopped": unix.SIGSTOP} {
+		waitCondition(t, n, "RuntimeReady", true)
+		podmon := n.Podmon()
+		mend := n.SpoilPodmon()
+		if err := podmon.Kill(sig); err != nil {
+			t.Fatal(err)
+		}
+		c := waitCondition(t, n, "RuntimeReady", false)
+		if c.Reason != "MonitorNotReady" || !strings.Contains(c.Message, "podmon") {
+			t.Errorf("%s: the condition does not say why: %v", name, c)
+		}
+		mend()
+		c = waitCondition(t, n, "RuntimeReady", true)
+		if c.Reason != "" || c.Message != "" {
+			t.Errorf("%s: ready, and %v", name, c)
+		}
+		if got := running.Output("echo", "works"); got != "works" || !process.Alive() {
+			t.Errorf("%s: exec gives %q; the container's process runs: %v", name, got, process.Alive())
+		}
+		n.RunPod().Run(sleeper).WaitLog("ready")
+	}
+}
+
+// waitCondition waits until a condition is met, or is not, by asking, and returns it.
+func waitCondition(t *testing.T, n *harness.Node, kind string, met bool) (last *cri.RuntimeCondition) {
+	t.Helper()
+	tick := time.NewTicker(10 * time.Millisecond)
+	defer tick.Stop()
+	for end := time.Now().Add(harness.Limit); time.Now().Before(end); <-tick.C {
+		s, err := n.Runtime.Status(n.Context(), &cri.StatusRequest{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, c := range s.Status.Conditions {
+			if c.Type == kind {
+				last = c
+			}
+		}
+		if last.GetStatus() == met {
+			return last
+		}
+	}
+	t.Fatalf("condition stays %v", last)
+	return nil
 }
 
 // Runtime handlers of the configuration select their settings, each its own; the
