@@ -192,6 +192,8 @@ var harmless = []*regexp.Regexp{
 	regexp.MustCompile(`err=".*rpc error: code = Canceled desc = context canceled"`),
 	regexp.MustCompile(`"Error proxying data from (backend to client|client to backend)" err=".*(broken pipe|connection reset by peer|abnormal closure.*)"`),
 	regexp.MustCompile(`"Error on socket receive" err="read tcp .* use of closed network connection"`),
+	// cAdvisor lists the machine's interfaces, others' too, and reads each: one has gone.
+	regexp.MustCompile(`"?Failed to get network devices: open /sys/class/net/\w+/address: no such file or directory`),
 	// kubelet looks into the cgroup of a pod that it has itself removed.
 	regexp.MustCompile(`"failed to read memory cgroup (config|limits) for the pod" .*no such file or directory"`),
 	// kubelet learns of a mirror pod later than it makes it.

@@ -249,7 +249,8 @@ defaultPodSysctls: {net.ipv4.ip_local_port_range: "30000 30999"}
 		// The kernel drops a signal that its shell has not asked for yet.
 		p.WaitLog("usr1", "ready\n")
 		p.Remove()
-		if err := usr1.WaitGone(harness.Limit / 2); err != nil {
+		// Also a kill at the end of the grace would end it: the last words tell.
+		if err := usr1.WaitGone(Limit); err != nil {
 			t.Error(err)
 		}
 		if got := k.lastLog(log); got != "ready\ngot SIGUSR1\n" {
