@@ -1,8 +1,10 @@
 package fault
 
 import (
+	"encoding/json"
 	"fmt"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -18,10 +20,17 @@ import (
 )
 
 // footprint is what a process of podshim holds.
-type footprint struct{ descriptors, threads, kilobytes int }
+type footprint struct {
+	descriptors, threads, kilobytes int
+	goroutines                      int // of the daemon; podmon does not tell
+}
 
 func (h footprint) String() string {
-	return fmt.Sprintf("%d descriptors, %d threads, %d kB", h.descriptors, h.threads, h.kilobytes)
+	s := fmt.Sprintf("%d descriptors, %d threads, %d kB", h.descriptors, h.threads, h.kilobytes)
+	if h.goroutines > 0 {
+		s += fmt.Sprintf(", %d goroutines", h.goroutines)
+	}
+	return s
 }
 
 // holds reads what a process holds now.
@@ -37,32 +46,52 @@ func holds(t *testing.T, pid int) footprint {
 	}
 	threads, _ := strconv.Atoi(p.Status("Threads"))
 	rss, _ := strconv.Atoi(strings.TrimSuffix(p.Status("VmRSS"), " kB"))
-	return footprint{len(fds), threads, rss}
+	return footprint{descriptors: len(fds), threads: threads, kilobytes: rss}
+}
+
+// daemonHolds is what the daemon holds, goroutines too, of which only it can tell.
+func daemonHolds(t *testing.T, n *harness.Node) footprint {
+	t.Helper()
+	answer, err := n.Runtime.Status(n.Context(), &cri.StatusRequest{Verbose: true})
+	var daemon struct{ Goroutines int }
+	if err == nil {
+		err = json.Unmarshal([]byte(answer.Info["daemon"]), &daemon)
+	}
+	if err != nil || daemon.Goroutines == 0 {
+		t.Fatalf("podshim does not tell its goroutines: %v, %q", err, answer.GetInfo()["daemon"])
+	}
+	h := holds(t, n.PID())
+	h.goroutines = daemon.Goroutines
+	return h
 }
 
 // flat checks that what do has made the daemon and podmon hold is given back, but for
-// the few threads and the memory (kB) that a Go program keeps for the next time. A first
-// round has them make what they keep.
+// the few threads and goroutines and the memory (kB) that a Go program keeps for the next
+// time. A first round has them make what they keep.
 func flat(t *testing.T, n *harness.Node, memory int, do func(rounds int)) {
 	t.Helper()
 	do(20)
-	programs := map[string]int{"podshim": n.PID(), "podmon": n.Podmon().PID}
+	podmon := n.Podmon().PID
+	programs := map[string]func() footprint{
+		"podshim": func() footprint { return daemonHolds(t, n) },
+		"podmon":  func() footprint { return holds(t, podmon) },
+	}
 	before := map[string]footprint{}
-	for name, pid := range programs {
-		before[name] = holds(t, pid)
+	for name, now := range programs {
+		before[name] = now()
 	}
 	rounds := times(1000, 40)
 	do(rounds)
-	for name, pid := range programs {
+	for name, now := range programs {
 		var after footprint
-		asked(t, name+" gives back its descriptors", func() bool {
-			after = holds(t, pid)
-			return after.descriptors <= before[name].descriptors
+		asked(t, name+" gives back its descriptors and goroutines", func() bool {
+			after = now()
+			return after.descriptors <= before[name].descriptors && after.goroutines <= before[name].goroutines+5
 		})
 		if after.threads > before[name].threads+10 {
 			t.Errorf("%s has %d threads, and had %d", name, after.threads, before[name].threads)
 		}
-		// A goroutine that is left has 2 kB of stack at least, and what it holds.
+		// A goroutine of podmon's that is left has 2 kB of stack at least, and what it holds.
 		if after.kilobytes > before[name].kilobytes+memory {
 			t.Errorf("%s has %d kB in memory, and had %d", name, after.kilobytes, before[name].kilobytes)
 		}
@@ -103,25 +132,88 @@ func TestExecLeavesBackground(t *testing.T) {
 }
 
 // A command that writes without end costs what is collected of it and no more, and
-// ends at its timeout.
+// ends at its timeout with an error; one that ends has what is collected returned.
 func TestExecWritesWithoutEnd(t *testing.T) {
 	harness.NeedRoot(t)
-	n := start(t, harness.Options{})
+	const limit, most = 1 << 20, 16 << 20 // of output, and of memory for it until it is garbage
+	n := start(t, harness.Options{CRI: fmt.Sprintf("exec_sync_output_limit = %d", limit)})
 	c := n.RunPod().Shell("echo ready; sleep 100000")
 	c.WaitLog("ready")
-	flat(t, n, 64<<10, func(rounds int) { // a few times what is collected, until it is garbage
-		for range max(3, rounds/50) {
-			_, err := n.Runtime.ExecSync(n.Context(), &cri.ExecSyncRequest{ContainerId: c.ID, Cmd: []string{"yes"}, Timeout: 1})
-			if status.Code(err) != codes.DeadlineExceeded {
-				t.Fatalf("exec of yes: %v, want DeadlineExceeded", err)
-			}
+	seconds := times(10, 1)
+	var wrote []int
+	var peak func() int
+	flat(t, n, most>>10, func(rounds int) {
+		for range max(2, rounds/200) {
+			wrote = append(wrote, execYes(t, n, c, seconds))
+		}
+		if peak == nil {
+			peak = watchPeak(t, n.PID())
 		}
 	})
+	if least := slices.Min(wrote); least < limit {
+		t.Errorf("yes has written %d bytes, and is to go over the limit", least)
+	}
+	if got := peak(); got > most {
+		t.Errorf("at its peak podshim took %d bytes of memory more than before, for output of which it collects %d", got, limit)
+	}
+	// All that is collected of one that ends, and its own code.
+	out, _, code := c.Exec("sh", "-c", "yes | head -c 5000000; exit 7")
+	if len(out) != limit || code != 7 {
+		t.Errorf("of 5 MB there are %d bytes, with %d; want %d, with 7", len(out), code, limit)
+	}
+	figures(t, "%d times yes for %d s, which has written %d MB (at least %d); the peak of podshim's memory was %d kB above what it took before, with a limit of %d kB",
+		len(wrote), seconds, slices.Max(wrote)>>20, slices.Min(wrote)>>20, peak()>>10, limit>>10)
 	for _, p := range c.Processes() {
 		if p.Name == "yes" {
 			t.Errorf("%v runs on", p)
 		}
 	}
+}
+
+// execYes executes yes until its timeout, and returns how much it had written, as the kernel
+// counts, when it was last looked at.
+func execYes(t *testing.T, n *harness.Node, c *harness.Container, seconds int) (wrote int) {
+	t.Helper()
+	ended := make(chan error, 1)
+	go func() {
+		_, err := n.Runtime.ExecSync(n.Context(), &cri.ExecSyncRequest{ContainerId: c.ID, Cmd: []string{"yes"}, Timeout: int64(seconds)})
+		ended <- err
+	}()
+	tick := time.NewTicker(50 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		select {
+		case err := <-ended:
+			if status.Code(err) != codes.DeadlineExceeded {
+				t.Fatalf("exec of yes: %v, want DeadlineExceeded", err)
+			}
+			return wrote
+		case <-tick.C:
+			wrote = max(wrote, written(c))
+		}
+	}
+}
+
+// watchPeak returns by how many bytes a process's memory has been larger at most than it
+// is now (proc_pid_clear_refs(5)).
+func watchPeak(t *testing.T, pid int) (grown func() int) {
+	t.Helper()
+	p, err := harness.ReadProcess(pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(p.Path("clear_refs"), []byte("5"), 0); err != nil {
+		t.Fatal(err)
+	}
+	peak := func() int {
+		kilobytes, err := strconv.Atoi(strings.TrimSuffix(p.Status("VmHWM"), " kB"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return kilobytes << 10
+	}
+	before := peak()
+	return func() int { return peak() - before }
 }
 
 // Clients that break their connections cost nothing afterwards.

@@ -32,10 +32,10 @@ func TestDaemonKilledAtRandom(t *testing.T) {
 	n := start(t, harness.Options{})
 	seed := uint64(time.Now().UnixNano())
 	t.Logf("seed %d", seed)
-	k := &killer{n: n, random: rand.New(rand.NewPCG(seed, 0))}
+	done := make(chan struct{})
+	k := &killer{n: n, random: rand.New(rand.NewPCG(seed, 0)), over: done, dead: make(chan struct{})}
 	before := lasting(n)
 
-	done := make(chan struct{})
 	var clients sync.WaitGroup
 	all := make([]*churner, 6)
 	for i := range all {
@@ -54,10 +54,16 @@ func TestDaemonKilledAtRandom(t *testing.T) {
 	}
 	end()
 
-	pods, late := 0, time.Duration(0)
+	pods, ends, alone, late := 0, 0, 0, time.Duration(0)
 	for _, c := range all {
 		pods += c.pods
 		late = max(late, c.late)
+		for _, e := range c.ends {
+			ends++
+			if slices.ContainsFunc(k.gaps, func(g span) bool { return !e.from.Before(g.from) && !e.to.After(g.to) }) {
+				alone++
+			}
+		}
 		for _, p := range c.kept {
 			if err := c.checkKept(p); err != nil {
 				t.Errorf("a pod that ran all the while: %v", err)
@@ -67,8 +73,11 @@ func TestDaemonKilledAtRandom(t *testing.T) {
 			}
 		}
 	}
-	t.Logf("%d kills, %d of them before the daemon answered; %d pods, %d calls cut off and asked again; ends reported at most %v after the kernel's",
-		k.strikes, k.early, pods, k.cut.Load(), late)
+	figures(t, "%d kills, %d of them before the daemon answered; %d pods, %d calls cut off and asked again; %d ends of containers, %d of them while no daemon was there; reported at most %v after the kernel's",
+		k.strikes, k.early, pods, k.cut.Load(), ends, alone, late)
+	if alone == 0 && !testing.Short() {
+		t.Error("no container has ended while no daemon was there")
+	}
 	if k.cut.Load() == 0 {
 		t.Error("no call was cut off: the kills have hit nothing")
 	}
@@ -131,6 +140,28 @@ type killer struct {
 	// if the epoch has changed while it ran, or was odd.
 	epoch atomic.Uint64
 	cut   atomic.Int64
+	over  <-chan struct{} // closed after the last strike
+	gaps  []span          // in which there was no daemon
+
+	mu   sync.Mutex
+	dead chan struct{} // closed while there is no daemon
+}
+
+type span struct{ from, to time.Time }
+
+// next is closed when there is no daemon.
+func (k *killer) next() <-chan struct{} {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.dead
+}
+
+// rises notes that a daemon is about to be started.
+func (k *killer) rises() {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.gaps[len(k.gaps)-1].to = time.Now()
+	k.dead = make(chan struct{})
 }
 
 func (k *killer) strike() {
@@ -138,18 +169,24 @@ func (k *killer) strike() {
 	k.kill()
 	for k.random.IntN(4) == 0 {
 		// In the middle of its start, too.
+		k.rises()
 		k.n.Launch()
 		k.pause(100 * time.Millisecond)
 		k.kill()
 		k.early++
 	}
 	k.pause(100 * time.Millisecond)
+	k.rises()
 	k.n.Resume()
 }
 
 func (k *killer) kill() {
 	k.epoch.Add(1)
 	k.n.Kill()
+	k.gaps = append(k.gaps, span{from: time.Now()})
+	k.mu.Lock()
+	close(k.dead)
+	k.mu.Unlock()
 	k.n.AwaitDisconnect()
 	k.epoch.Add(1)
 	k.strikes++
@@ -182,6 +219,7 @@ type churner struct {
 	pods    int
 	kept    []*churned
 	late    time.Duration
+	ends    []span // between which containers have ended
 }
 
 // churned is a pod of a churner: one container that runs on, and one that ends when
@@ -298,11 +336,18 @@ func (c *churner) exec(p *churned) (string, error) {
 	return string(answer.GetStdout()), err
 }
 
-// quit lets the second container end and checks what the runtime says of it.
+// quit lets the second container end, one time in three when no daemon is there, and
+// checks what the runtime says of it.
 func (c *churner) quit(p *churned) error {
 	process, err := firstOf(p.quits)
 	if err != nil {
 		return err
+	}
+	if c.random.IntN(3) == 0 {
+		select {
+		case <-c.k.next():
+		case <-c.k.over:
+		}
 	}
 	from := time.Now()
 	if err := os.WriteFile(filepath.Join(p.volume, "end"), nil, 0o600); err != nil {
@@ -312,6 +357,7 @@ func (c *churner) quit(p *churned) error {
 		return err
 	}
 	gone := time.Now()
+	c.ends = append(c.ends, span{from, gone})
 	answer, err := call(c.k, c.n.Runtime.ContainerStatus, &cri.ContainerStatusRequest{ContainerId: p.quits})
 	for err == nil && answer.Status.State == cri.ContainerState_CONTAINER_RUNNING && time.Since(gone) < harness.Limit {
 		time.Sleep(5 * time.Millisecond)

@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/podshim/podshim/test/harness"
 )
@@ -44,6 +45,12 @@ func start(t *testing.T, opts harness.Options) *harness.Node {
 		}
 	})
 	return n
+}
+
+// promised is a bound that is promised against hanging, on a machine as slow as
+// PODSHIM_TEST_PATIENCE says.
+func promised(promise time.Duration) time.Duration {
+	return time.Duration(float64(promise) * harness.Limit.Minutes())
 }
 
 // times is how often a fault is repeated: all times, or few of them with -short.

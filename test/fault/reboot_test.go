@@ -52,7 +52,7 @@ func TestReboot(t *testing.T) {
 
 	began := time.Now()
 	n.Resume()
-	t.Logf("podshim answers %v after its start, with %d pods and %d containers on record", time.Since(began).Round(time.Millisecond), pods, pods+(pods+7)/8)
+	figures(t, "podshim answers %v after its start, with %d pods and %d containers on record", time.Since(began).Round(time.Millisecond), pods, pods+(pods+7)/8)
 	listed, err := n.Runtime.ListPodSandbox(n.Context(), &cri.ListPodSandboxRequest{})
 	if err != nil || len(listed.Items) != pods {
 		t.Fatalf("%d pods are listed, %v; want %d", len(listed.GetItems()), err, pods)

@@ -20,7 +20,7 @@ import (
 // A caller that gives up on RunPodSandbox, since its network takes long, and asks
 // again gets the sandbox that was being made all the while.
 func TestRetryJoinsTheSlow(t *testing.T) {
-	w := startNetwork(t, "60s")
+	w := startNetwork(t, time.Minute)
 	before := lasting(w.Node)
 	conf := w.PodConfig()
 	goOn := w.tell("add-waits")

@@ -148,9 +148,8 @@ func TestEveryStep(t *testing.T) {
 		t.Run(o.name, func(t *testing.T) {
 			s.n = n.With(t)
 			points := s.record(t, o.before, o.call)
-			t.Logf("%d steps", len(points))
 			documented(t, points)
-			missed := 0
+			var missed []string
 			for i, point := range points {
 				if testing.Short() && i%max(1, len(points)/4) != 0 {
 					continue
@@ -158,18 +157,19 @@ func TestEveryStep(t *testing.T) {
 				if !unfailing(point) {
 					t.Run("fails/"+point, func(t *testing.T) {
 						if !s.failAt(t, point, o.name, o.before, o.call, o.makes) {
-							missed++
+							missed = append(missed, "fails/"+point)
 						}
 					})
 				}
 				t.Run("killed/"+point, func(t *testing.T) {
 					if !s.killAt(t, point, o.name, o.before, o.call) {
-						missed++
+						missed = append(missed, "killed/"+point)
 					}
 				})
 			}
-			if missed > len(points)/5 {
-				t.Errorf("%d points of %d were not met again", missed, len(points))
+			figures(t, "%d steps; not met again: %d, %q", len(points), len(missed), missed)
+			if len(missed) > len(points)/5 {
+				t.Errorf("%d points of %d were not met again", len(missed), len(points))
 			}
 		})
 	}

@@ -132,6 +132,15 @@ func worst(all []time.Duration) time.Duration {
 	return slices.Max(all).Round(time.Millisecond)
 }
 
+// p99 is what all but one of a hundred took at most.
+func p99(all []time.Duration) time.Duration {
+	if len(all) == 0 {
+		return 0
+	}
+	sorted := slices.Sorted(slices.Values(all))
+	return sorted[(len(sorted)-1)*99/100].Round(time.Millisecond)
+}
+
 func median(all []time.Duration) time.Duration {
 	if len(all) == 0 {
 		return 0
