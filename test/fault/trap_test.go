@@ -34,7 +34,7 @@ var trapped = map[uint32]string{
 	unix.SYS_UNLINKAT: "remove", unix.SYS_RENAMEAT: "rename", unix.SYS_RENAMEAT2: "rename",
 	unix.SYS_MOUNT: "mount", unix.SYS_UMOUNT2: "unmount", unix.SYS_MOVE_MOUNT: "move mount",
 	unix.SYS_UNSHARE: "unshare", unix.SYS_EXECVE: "execute", unix.SYS_SENDMSG: "send",
-	unix.SYS_KILL: "kill", unix.SYS_PIDFD_SEND_SIGNAL: "kill",
+	unix.SYS_KILL: "kill", unix.SYS_PIDFD_SEND_SIGNAL: "kill", unix.SYS_SENDTO: "netlink",
 }
 
 const launch = "PODSHIM_TEST_TRAPPED"
@@ -267,7 +267,7 @@ func (s *trap) name(call *notification) string {
 	if who == "" {
 		return ""
 	}
-	if who == "init" {
+	if who == "init" && uint32(call.number) != unix.SYS_SENDTO {
 		// A container's first moments: dozens of mounts and files, which are nobody's
 		// but podmon's to take back. One of each kind stands for them.
 		s.mu.Lock()
@@ -291,6 +291,10 @@ func (s *trap) name(call *notification) string {
 		object = s.path(call.pid, unix.AT_FDCWD, call.args[0])
 	case unix.SYS_SENDMSG:
 		if object = message(call.pid, call.args[1]); object == "ping" || object == "" {
+			return ""
+		}
+	case unix.SYS_SENDTO:
+		if object = change(call.pid, call.args[1], call.args[4]); object == "" {
 			return ""
 		}
 	}
@@ -364,6 +368,28 @@ func text(tid uint32, address uint64, most int) string {
 		n = end
 	}
 	return string(buffer[:n])
+}
+
+// change is what a message to the kernel's network changes (rtnetlink(7)); "" for one that
+// only asks, and for what is no such message.
+func change(tid uint32, buffer, address uint64) string {
+	memory, err := os.Open(fmt.Sprintf("/proc/%d/mem", tid))
+	if err != nil {
+		return ""
+	}
+	defer memory.Close()
+	var family, kind [2]byte
+	if _, err := memory.ReadAt(family[:], int64(address)); err != nil || binary.NativeEndian.Uint16(family[:]) != unix.AF_NETLINK {
+		return ""
+	}
+	if _, err := memory.ReadAt(kind[:], int64(buffer)+4); err != nil {
+		return ""
+	}
+	return map[uint16]string{
+		unix.RTM_NEWLINK: "new link", unix.RTM_SETLINK: "set link", unix.RTM_DELLINK: "delete link",
+		unix.RTM_NEWADDR: "new address", unix.RTM_DELADDR: "delete address",
+		unix.RTM_NEWROUTE: "new route", unix.RTM_DELROUTE: "delete route",
+	}[binary.NativeEndian.Uint16(kind[:])]
 }
 
 var operation = regexp.MustCompile(`^\{(?:"id":[0-9]+,)?(?:"op":"([a-z-]+)")?`)
