@@ -10,7 +10,6 @@ import (
 	"testing"
 
 	"github.com/podshim/podshim/test/harness"
-	"github.com/podshim/podshim/test/images"
 )
 
 // P14: requests and limits are in the cgroup files, of the container and of the pod
@@ -62,8 +61,7 @@ func testResources(t *testing.T, k *Kubelet) {
 // P14: the classes of pods, in cgroups and in who is spared when memory runs out.
 func testClasses(t *testing.T, k *Kubelet) {
 	guaranteed := k.Run("guaranteed")
-	modest := k.RunManifest("apiVersion: v1\nkind: Pod\nmetadata:\n  name: best-effort\nspec:\n  terminationGracePeriodSeconds: 0\n  containers:\n" +
-		"  - {name: one, image: " + images.Busybox + ", command: [sleep, \"1000000\"]}\n")
+	modest := k.Run("best-effort")
 	infraScore := func(p *Pod) string { infra, _ := p.Infra(); return infra.Read("oom_score_adj") }
 	for _, want := range []struct {
 		pod   *Pod

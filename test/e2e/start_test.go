@@ -129,8 +129,9 @@ func testNetworkSidecar(t *testing.T, k *Kubelet) {
 
 // P10: as a service mesh does it. The rule is the pod's and nobody else's.
 func testRedirectSidecar(t *testing.T, k *Kubelet) {
+	host := redirections(t, self(t))
 	p := k.Run("redirect-sidecar")
-	status := p.WaitReady()
+	p.WaitReady()
 	p.WaitLog("app", "answered by the proxy\n")
 	if out, err := p.TryExec("app", "wget", "-q", "-O", "-", "http://192.0.2.77:4242/"); err != nil || out != "answered by the proxy\n" {
 		t.Errorf("any other destination answers %q, %v", out, err)
@@ -139,14 +140,36 @@ func testRedirectSidecar(t *testing.T, k *Kubelet) {
 	if out, err := p.TryExec("proxy", "wget", "-q", "-T", "1", "-O", "-", "http://192.0.2.77:4242/"); err == nil {
 		t.Errorf("the proxy's own connection was answered %q", out)
 	}
-	rules, err := exec.Command("iptables-save").Output()
-	if err != nil {
-		t.Fatalf("iptables-save: %v", err)
+	infra, _ := p.Infra()
+	if rules := redirections(t, infra); !strings.Contains(rules, "--uid-owner 1337 -j REDIRECT --to-ports 15001") {
+		t.Errorf("infra's network namespace has no rule of the init container's:\n%s", rules)
 	}
-	if text := linesWith(string(rules), "15001"); text != "" || strings.Contains(string(rules), status.Status.PodIP+"/32 -j REDIRECT") {
-		t.Errorf("the host has the pod's rule:\n%s", text)
+	if now := redirections(t, self(t)); now != host {
+		t.Errorf("the host had\n%s\nand has\n%s", host, now)
 	}
 }
+
+// redirections are the rules of a process's network namespace that send connections
+// elsewhere as redirect-sidecar's does, by iptables and by nftables itself. Other pods'
+// host ports make rules too, of other kinds.
+func redirections(t *testing.T, p harness.Process) string {
+	t.Helper()
+	var found strings.Builder
+	for _, list := range [][]string{{"iptables-save"}, {"nft", "--stateless", "list", "ruleset"}} {
+		out, err := exec.Command("nsenter", append([]string{"--net=" + p.Path("ns/net"), "--"}, list...)...).Output()
+		if err != nil {
+			t.Fatalf("%q in the network namespace of %v: %v", list, p, err)
+		}
+		for line := range strings.Lines(string(out)) {
+			if redirection.MatchString(line) {
+				found.WriteString(line)
+			}
+		}
+	}
+	return found.String()
+}
+
+var redirection = regexp.MustCompile(`(?i)redirect|15001|uid-owner|skuid`)
 
 // P4, P13: the life of the pod is that of its infra container.
 func testLifetimes(t *testing.T, k *Kubelet) {

@@ -16,25 +16,7 @@ import (
 
 // What kubectl exec, attach, logs -f and port-forward do, through kubelet.
 func testStreams(t *testing.T, k *Kubelet) {
-	p := k.RunManifest(`apiVersion: v1
-kind: Pod
-metadata:
-  name: streams
-spec:
-  terminationGracePeriodSeconds: 1
-  containers:
-  - name: web
-    image: registry.k8s.io/e2e-test-images/nginx:1.14-2
-  - name: reader
-    image: registry.k8s.io/e2e-test-images/busybox:1.29-2
-    stdin: true
-    command: [sh, -c, "while read line; do echo \"read $line\"; done"]
-  - name: terminal
-    image: registry.k8s.io/e2e-test-images/busybox:1.29-2
-    stdin: true
-    tty: true
-    command: [sh]
-`)
+	p := k.Run("streams")
 	p.WaitReady()
 	for name, test := range map[string]func(*testing.T, *Pod){
 		"run": streamRun, "exec": streamExec, "exec-stdin": streamStdin, "exec-tty": streamTTY,

@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"os/exec"
 	"slices"
 	"strconv"
 	"strings"
@@ -31,6 +32,17 @@ func testHostNamespaces(t *testing.T, k *Kubelet) {
 		t.Error("the container has the host's mounts")
 	}
 	p.WaitLog("look", "pause")
+	// Its address is the node's, from which calls go out. kubelet names no IP of such a pod
+	// without an API server.
+	out, err := net.Dial("udp", "192.0.2.1:9") // sends nothing
+	if err != nil {
+		t.Skipf("SKIPPED: the node has no way out: %v", err)
+	}
+	defer out.Close()
+	ip := out.LocalAddr().(*net.UDPAddr).IP.String()
+	if log := p.Exec("look", "ip", "addr"); !strings.Contains(log, "inet "+ip+"/") {
+		t.Errorf("the pod does not have the node's address %s:\n%s", ip, log)
+	}
 }
 
 // securityContext: a user, no capabilities, no way to gain any, a filter, a
@@ -233,6 +245,44 @@ spec:
 	}
 	if c := wrong.Status().Container("never"); c.ID() != "" || c.State.Running != nil {
 		t.Errorf("%v, want it not created", c)
+	}
+}
+
+// A disk of the host's, for a container that may use it; another one sees it and no more.
+func testBlockDevice(t *testing.T, k *Kubelet) {
+	disk := t.TempDir() + "/disk"
+	content := make([]byte, 1<<20)
+	copy(content, "of the disk\n")
+	if err := os.WriteFile(disk, content, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	out, err := exec.Command("losetup", "--find", "--show", disk).Output()
+	if err != nil {
+		t.Skipf("SKIPPED: this machine has no loop device: %v", err)
+	}
+	device := strings.TrimSpace(string(out))
+	t.Cleanup(func() {
+		if out, err := exec.Command("losetup", "--detach", device).CombinedOutput(); err != nil {
+			t.Errorf("detach %s: %v: %s", device, err, out)
+		}
+	})
+	p := k.Run("block-device", "/dev/loop0", device)
+	p.WaitReady()
+	if log := p.WaitLog("uses", "looked\n"); log != "of the disk\nlooked\n" {
+		t.Errorf("the container that may use the disk says\n%s", log)
+	}
+	if log := p.WaitLog("sees", "looked\n"); !strings.HasPrefix(log, "a disk\n") || !strings.Contains(log, "Operation not permitted") {
+		t.Errorf("the container that may not use the disk says\n%s", log)
+	}
+	// Its number is the host's, and kept from the other by the devices' cgroup alone.
+	var there, here unix.Stat_t
+	for path, st := range map[string]*unix.Stat_t{device: &here, p.Process("sees").Path("root/disk"): &there} {
+		if err := unix.Stat(path, st); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if here.Rdev != there.Rdev || there.Mode&unix.S_IFMT != unix.S_IFBLK {
+		t.Errorf("the container's device is %x with mode %o, the host's %x", there.Rdev, there.Mode, here.Rdev)
 	}
 }
 
