@@ -196,7 +196,7 @@ kube: ## kubelet, kube-apiserver, kubectl and kubeadm, at the version of hack/ku
 		k8s.io/kubernetes/cmd/kubeadm
 
 .PHONY: e2e
-e2e: build tools images kubelet ## The pods of examples/, run by a real kubelet
+e2e: build tools images kubelet ## The pods of examples/pods, run by a real kubelet (those of examples/cluster: e2e-cluster)
 	@$(need) $(NEED_TEST)
 	PODSHIM_BIN_DIR=$(BIN) PODSHIM_TOOLS_DIR=$(TOOLS) go test -count=1 -timeout 30m -skip '^TestCluster' ./test/e2e/... $(ARGS)
 

@@ -54,6 +54,8 @@ type kubelet struct {
 
 	// expect are errors in kubelet's log that the test itself brings about.
 	expect []*regexp.Regexp
+	// expectIn are those that it brings about for some time only.
+	expectIn []passage
 
 	program    string
 	config     string

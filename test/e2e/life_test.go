@@ -13,13 +13,22 @@ import (
 	"github.com/podshim/podshim/test/images"
 )
 
+// counting has a shell write a line, with its number, five times a second.
+const counting = "n=0; while true; do n=$((n+1)); echo line $n; sleep 0.2; done"
+
 // Whatever is restarted or killed of kubelet and podshim: no container is restarted
 // because of it, and no line of a log is lost.
 func TestRestarts(t *testing.T) {
 	t.Parallel()
 	k := Start(t, Options{})
-	k.expect = append(k.expect, regexp.MustCompile(`code = Unavailable|error reading from server: (EOF|connection reset by peer)|Unable to authenticate|context deadline exceeded|container runtime is down|"Failed to stop sandbox" podSandboxID=`))
-	pods := []*Pod{k.Run("localhost"), k.Run("log-sidecar"), k.Run("probes", "rm /tmp/live", "true", "timeoutSeconds: 1", "timeoutSeconds: 60"), k.Run("native-sidecar"), k.Run("user-namespace")}
+	// kubelet's clients may need some seconds more to see that podshim is back.
+	k.expect = append(k.expect, regexp.MustCompile(`code = Unavailable|error reading from server: (EOF|connection reset by peer)|Unable to authenticate|container runtime is down|"Failed to stop sandbox" podSandboxID=`))
+	pods := []*Pod{
+		k.Run("localhost"), k.Run("log-sidecar"),
+		k.Run("probes", "sleep 20; rm /tmp/live; sleep 1000000", counting, "timeoutSeconds: 1", "timeoutSeconds: 60"),
+		k.Run("native-sidecar", "while true; do sleep 0.1; done", counting, "periodSeconds: 1", "periodSeconds: 1\n      timeoutSeconds: 60"),
+		k.Run("user-namespace", "exec sleep 1000000", counting),
+	}
 	before := map[string]harness.Process{}
 	for _, p := range pods {
 		status := p.WaitReady()
@@ -31,87 +40,149 @@ func TestRestarts(t *testing.T) {
 	}
 	for _, step := range []struct {
 		name string
+		away bool // podshim does not answer for a while
 		do   func()
 	}{
-		{"podshim restarted", k.Node.Restart},
-		{"podshim killed", func() { k.Node.Kill(); k.Node.Resume() }},
-		{"kubelet restarted", func() { k.Stop(); k.Launch() }},
-		{"kubelet killed", func() { k.Kill(); k.Launch() }},
-		{"both killed, podshim back first", func() { k.Kill(); k.Node.Kill(); k.Node.Resume(); k.Launch() }},
-		{"podmon killed", k.killMonitors},
-		{"podshim and podmon killed", func() { k.Node.Kill(); k.killMonitors(); k.Node.Resume() }},
-		{"all three killed", func() { k.Kill(); k.Node.Kill(); k.killMonitors(); k.Node.Resume(); k.Launch() }},
-		{"podshim away while kubelet goes on", func() { k.Node.Kill(); k.waitNoRuntime(); k.Node.Resume() }},
+		{"podshim restarted", true, k.Node.Restart},
+		{"podshim killed", true, func() { k.Node.Kill(); k.Node.Resume() }},
+		{"kubelet restarted", false, func() { k.Stop(); k.Launch() }},
+		{"kubelet killed", false, func() { k.Kill(); k.Launch() }},
+		{"both killed, podshim back first", true, func() { k.Kill(); k.Node.Kill(); k.Node.Resume(); k.Launch() }},
+		{"podmon killed", false, k.killMonitors},
+		{"podshim and podmon killed", true, func() { k.Node.Kill(); k.killMonitors(); k.Node.Resume() }},
+		{"all three killed", true, func() { k.Kill(); k.Node.Kill(); k.killMonitors(); k.Node.Resume(); k.Launch() }},
+		{"podshim away while kubelet goes on", true, func() { k.Node.Kill(); k.waitNoRuntime(); k.Node.Resume() }},
 	} {
-		step.do()
-		for _, p := range pods {
-			status := p.WaitReady()
-			for _, c := range append(status.Status.InitContainerStatuses, status.Status.ContainerStatuses...) {
-				if _, ok := before[p.Name+"/"+c.Name+" "+c.ID()]; !ok || c.RestartCount != 0 {
-					t.Errorf("%s: container was restarted: %v", step.name, c)
-				}
-			}
-			// kubelet's gRPC client takes its time to try a runtime again that was away.
-			if !k.ask(func() bool {
-				out, err := p.TryExec(status.Status.ContainerStatuses[0].Name, "echo", "here")
-				return err == nil && out == "here\n"
-			}) {
-				t.Errorf("%s: no exec in pod %s", step.name, p.Name)
-			}
-		}
-		for name, process := range before {
-			if !process.Alive() {
-				t.Errorf("%s: %s (%v) is gone", step.name, name, process)
-			}
-		}
+		k.awayDuring(step.away, func() {
+			step.do()
+			k.checkRestart(t, step.name, pods, before)
+		})
 		if t.Failed() {
 			return
 		}
 	}
-	k.killWhileStarting(t)
-	// A line a second, from the first to the last, with nothing missing or twice.
-	log := pods[1].Logs("forwarder")
-	for n, line := range slices.Collect(strings.Lines(log)) {
-		if line != fmt.Sprintf("request %d\n", n+1) {
-			t.Fatalf("line %d of the log is %q", n+1, line)
+	for _, who := range []struct {
+		name string
+		away bool
+		kill func()
+	}{
+		{"podshim", true, func() { k.Node.Kill(); k.Node.Resume() }},
+		{"kubelet", false, func() { k.Kill(); k.Launch() }},
+		{"both", true, func() { k.Kill(); k.Node.Kill(); k.Node.Resume(); k.Launch() }},
+	} {
+		k.awayDuring(who.away, func() { k.killInTheMidst(t, who.name, who.kill) })
+	}
+	checkRestartLogs(t, pods)
+}
+
+// awayDuring runs something; what kubelet says of calls that had no answer in time is
+// allowed meanwhile if podshim is away in it, and at no other time.
+func (k *Kubelet) awayDuring(away bool, do func()) {
+	if away {
+		k.expectDuring(regexp.MustCompile(`context deadline exceeded`), do)
+	} else {
+		do()
+	}
+}
+
+// checkRestart: all runs as before, and podshim carries kubelet's calls.
+func (k *Kubelet) checkRestart(t *testing.T, step string, pods []*Pod, before map[string]harness.Process) {
+	t.Helper()
+	for _, p := range pods {
+		status := p.WaitReady()
+		for _, c := range append(status.Status.InitContainerStatuses, status.Status.ContainerStatuses...) {
+			if _, ok := before[p.Name+"/"+c.Name+" "+c.ID()]; !ok || c.RestartCount != 0 {
+				t.Errorf("%s: container was restarted: %v", step, c)
+			}
+		}
+		// kubelet's gRPC client takes its time to try a runtime again that was away.
+		if !k.ask(func() bool {
+			out, err := p.TryExec(status.Status.ContainerStatuses[0].Name, "echo", "here")
+			return err == nil && out == "here\n"
+		}) {
+			t.Errorf("%s: no exec in pod %s", step, p.Name)
+		}
+	}
+	for name, process := range before {
+		if !process.Alive() {
+			t.Errorf("%s: %s (%v) is gone", step, name, process)
 		}
 	}
 }
 
-// killWhileStarting kills podshim when it has begun with some pods, and again when it
-// has begun to take them down; kubelet goes on. They come up, and go, nevertheless.
-func (k *Kubelet) killWhileStarting(t *testing.T) {
+// checkRestartLogs: each line has the next number, from the first to the last; and the
+// web server has written of each call of its client.
+func checkRestartLogs(t *testing.T, pods []*Pod) {
+	t.Helper()
+	localhost, logSidecar, probes, sidecar, users := pods[0], pods[1], pods[2], pods[3], pods[4]
+	for _, c := range []struct {
+		pod        *Pod
+		name, line string
+	}{
+		{logSidecar, "forwarder", "request"}, {probes, "fading", "line"}, {sidecar, "sidecar", "line"},
+		{sidecar, "app", "line"}, {users, "one", "line"}, {users, "two", "line"},
+	} {
+		n := 0
+		for line := range strings.Lines(c.pod.Logs(c.name)) {
+			if n == 0 && line != c.line+" 1\n" {
+				continue // what the container says first
+			}
+			if n++; line != fmt.Sprintf("%s %d\n", c.line, n) {
+				t.Errorf("line %d of %s in pod %s is %q", n, c.name, c.pod.Name, line)
+				break
+			}
+		}
+		if n < 30 {
+			t.Errorf("%s in pod %s has written %d lines", c.name, c.pod.Name, n)
+		}
+	}
+	pages := strings.Count(localhost.Logs("client"), "<!DOCTYPE html>\n")
+	served := strings.Count(localhost.Logs("web"), `"GET / HTTP`)
+	if pages < 6 || served < pages || served > pages+2 { // the second log is read later
+		t.Errorf("the web server has written of %d calls, its client of %d", served, pages)
+	}
+}
+
+// killInTheMidst kills one or two of podshim and kubelet, and starts them again, when
+// podshim has begun with some pods, and again when it has begun to take them down. They
+// come up, and go, nevertheless.
+func (k *Kubelet) killInTheMidst(t *testing.T, who string, kill func()) {
+	t.Helper()
+	idle := len(k.sandboxes())
 	var pods []*Pod
 	for _, example := range []string{"init", "volume", "shared-pid", "names"} {
 		pods = append(pods, k.Run(example))
 	}
-	if !k.ask(func() bool { return len(k.sandboxes()) > 5 }) {
-		t.Fatal("podshim has begun with no pod")
+	if !k.ask(func() bool { return len(k.sandboxes()) > idle }) {
+		t.Fatalf("%s: podshim has begun with no pod", who)
 	}
-	k.Node.Kill()
-	k.Node.Resume()
+	kill()
 	uids := map[string]bool{}
 	for _, p := range pods {
 		uids[p.WaitReady().Metadata.UID] = true
 	}
-	begun := len(k.sandboxes())
 	for _, p := range pods {
 		p.Remove()
 	}
-	if !k.ask(func() bool { return len(k.sandboxes()) < begun }) {
-		t.Fatal("podshim has taken down no pod")
+	if !k.ask(func() bool { return len(k.sandboxes()) < idle+len(pods) }) {
+		t.Fatalf("%s: podshim has taken down no pod", who)
 	}
-	k.Node.Kill()
-	k.Node.Resume()
+	kill()
 	if !k.ask(func() bool {
 		return !slices.ContainsFunc(k.podDirs(), func(uid string) bool { return uids[uid] })
 	}) {
-		t.Errorf("pods %v are still there, of %v", k.podDirs(), uids)
+		t.Errorf("%s: pods %v are still there, of %v", who, k.podDirs(), uids)
 	}
-	for uid := range uids {
-		if left := processesOf(uid); len(left) != 0 {
-			t.Errorf("pod %s has left %v", uid, left)
+	// kubelet that was killed has begun anew with what it no longer knows as pods.
+	var left []harness.Process
+	if !k.ask(func() bool {
+		left = nil
+		for uid := range uids {
+			left = append(left, processesOf(uid)...)
 		}
+		return len(left) == 0
+	}) {
+		t.Errorf("%s: the pods have left %v", who, left)
 	}
 }
 
