@@ -14,7 +14,6 @@ import (
 	"time"
 
 	"github.com/fsnotify/fsnotify"
-	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
@@ -198,21 +197,16 @@ func (d *daemon) remains() []string {
 	return append(found, d.reservations(nil)...)
 }
 
-// ports lists the interfaces on the node's bridge.
+// ports lists the interfaces on the node's bridge. (Not by netlink: a change of any
+// interface of the machine interrupts its lists, which may miss some then.)
 func (d *daemon) ports() []string {
-	bridge, err := netlink.LinkByName(d.Bridge)
-	if err != nil {
-		return nil
-	}
-	links, err := netlink.LinkList()
+	entries, err := os.ReadDir("/sys/class/net/" + d.Bridge + "/brif")
 	if err != nil {
 		return nil
 	}
 	var names []string
-	for _, l := range links {
-		if l.Attrs().MasterIndex == bridge.Attrs().Index {
-			names = append(names, l.Attrs().Name)
-		}
+	for _, e := range entries {
+		names = append(names, e.Name())
 	}
 	return names
 }

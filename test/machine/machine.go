@@ -188,6 +188,9 @@ func (s Scope) links() ([]Thing, error) {
 		return nil, nil
 	}
 	all, err := netlink.LinkList()
+	for errors.Is(err, netlink.ErrDumpInterrupted) { // a change of another's: links may be missing
+		all, err = netlink.LinkList()
+	}
 	if err != nil {
 		return nil, fmt.Errorf("list links: %w", err)
 	}
