@@ -263,6 +263,9 @@ func randomHex(n int) string {
 // freeSubnet picks a 10.21x.y.0/24 that no interface of this machine has.
 func freeSubnet() (string, error) {
 	addrs, err := netlink.AddrList(nil, netlink.FAMILY_V4)
+	for errors.Is(err, netlink.ErrDumpInterrupted) { // by a change of another's: some may be missing
+		addrs, err = netlink.AddrList(nil, netlink.FAMILY_V4)
+	}
 	if err != nil {
 		return "", fmt.Errorf("list addresses: %w", err)
 	}
