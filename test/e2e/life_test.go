@@ -204,7 +204,7 @@ func (k *Kubelet) sandboxes() (ids []string) {
 // killMonitors kills every podmon of the node.
 func (k *Kubelet) killMonitors() {
 	k.t.Helper()
-	monitors := k.Node.Monitors()
+	monitors := k.Node.Podmons()
 	if len(monitors) == 0 {
 		k.t.Errorf("the node has no podmon to be killed")
 	}

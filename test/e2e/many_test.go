@@ -111,7 +111,7 @@ func (k *Kubelet) use() use {
 	if err != nil {
 		k.t.Fatalf("read podshim's process: %v", err)
 	}
-	monitors := k.Node.Monitors()
+	monitors := k.Node.Podmons()
 	u := use{daemonKiB: pss(daemon)}
 	for _, p := range append(monitors, daemon) {
 		fds, _ := os.ReadDir(p.Path("fd"))

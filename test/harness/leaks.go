@@ -295,9 +295,6 @@ func (d *daemon) end(t TB) {
 	}
 }
 
-// Monitors are the podmons of the node.
-func (n *Node) Monitors() []Process { return Processes(n.isMonitor) }
-
 // isMonitor tells podmon from containers, and from what it is about to make one of:
 // it never leaves the daemon's cgroup.
 func (d *daemon) isMonitor(p Process) bool {

@@ -4,18 +4,22 @@ import (
 	"bytes"
 	"fmt"
 	"os"
+	"slices"
 )
 
 // Podmons are the node's monitors that are alive, as the kernel knows them: one,
 // but while one takes over from another.
 func (n *Node) Podmons() []Process {
-	var found []Process
+	pids := map[int]bool{}
+	var all []Process
 	for _, p := range n.processes() {
 		if p.State != "Z" && n.isMonitor(p) {
-			found = append(found, p)
+			pids[p.PID] = true
+			all = append(all, p)
 		}
 	}
-	return found
+	// What podmon has forked is its copy until it executes "podmon init".
+	return slices.DeleteFunc(all, func(p Process) bool { return pids[p.Parent] })
 }
 
 // Podmon is the one there is.
