@@ -169,6 +169,7 @@ func (k *kubelet) complaints() (found []string, allowed map[string]int) {
 	for line := range strings.Lines(k.Log()) {
 		begin := end
 		end += len(line)
+		line = strings.TrimSpace(line) // "$" is before no newline
 		if !errorLine.MatchString(line) {
 			continue
 		}
@@ -180,7 +181,7 @@ func (k *kubelet) complaints() (found []string, allowed map[string]int) {
 		}
 		i := slices.IndexFunc(patterns, func(p *regexp.Regexp) bool { return p.MatchString(line) })
 		if i < 0 {
-			found = append(found, strings.TrimSpace(line))
+			found = append(found, line)
 			continue
 		}
 		allowed[patterns[i].String()]++
