@@ -38,7 +38,7 @@ func (m *Manager) Run(ctx context.Context, cfg *runtime.PodSandboxConfig, handle
 	if err := m.checkCgroupParent(cfg.GetLinux().GetCgroupParent()); err != nil {
 		return "", err
 	}
-	raw, err := proto.MarshalOptions{Deterministic: true}.Marshal(cfg)
+	raw, err := proto.MarshalOptions{Deterministic: true}.Marshal(essence(cfg))
 	if err != nil {
 		return "", fmt.Errorf("encode config: %w", err)
 	}
@@ -48,6 +48,15 @@ func (m *Manager) Run(ctx context.Context, cfg *runtime.PodSandboxConfig, handle
 	return flight.Do(ctx, &m.flights, key, func(ctx context.Context) (string, error) {
 		return m.run(ctx, cfg, handler)
 	})
+}
+
+// essence is what makes two configs ask for the same sandbox. kubelet marks a static
+// pod with the time it first read it, which is another one after its restart: it then
+// asks again for what it asked for before, and did not live to get.
+func essence(cfg *runtime.PodSandboxConfig) *runtime.PodSandboxConfig {
+	out := proto.Clone(cfg).(*runtime.PodSandboxConfig)
+	delete(out.Annotations, "kubernetes.io/config.seen")
+	return out
 }
 
 func (m *Manager) run(ctx context.Context, cfg *runtime.PodSandboxConfig, handler string) (string, error) {
@@ -174,7 +183,7 @@ func (m *Manager) newRecord(cfg *runtime.PodSandboxConfig, handler string) *Reco
 // returned if that is what the caller asks for.
 func (m *Manager) reserve(r *Record) (existing string, err error) {
 	holder, same := m.all.Reserve(r, func(old *Record) bool {
-		return old.State == Ready && old.Handler == r.Handler && proto.Equal(old.Config, r.Config)
+		return old.State == Ready && old.Handler == r.Handler && proto.Equal(essence(old.Config), essence(r.Config))
 	})
 	if holder == "" || same {
 		return holder, nil

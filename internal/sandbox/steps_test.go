@@ -407,7 +407,10 @@ func TestRetryOfRun(t *testing.T) {
 		t.Errorf("another config under a name in use: %v", err)
 	}
 	close(w.addWaits)
-	id, err := m.Run(ctx, podConfig("p"), "")
+	// The impatient one was killed: kubelet's next life marks the pod with another time.
+	retry := podConfig("p")
+	retry.Annotations = map[string]string{"kubernetes.io/config.seen": "2026-01-02T03:04:05Z"}
+	id, err := m.Run(ctx, retry, "")
 	if err != nil {
 		t.Fatal(err)
 	}
