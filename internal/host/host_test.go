@@ -12,6 +12,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
@@ -265,5 +266,54 @@ func TestReadSeccomp(t *testing.T) {
 		if _, err := ReadSeccomp(path); !errors.Is(err, errdefs.ErrInvalidArgument) {
 			t.Errorf("%s: %v", path, err)
 		}
+	}
+}
+
+// A parser that hangs is killed at the limit, and the error says so.
+func TestParserThatHangs(t *testing.T) {
+	dir := t.TempDir()
+	script := filepath.Join(dir, appArmorParser)
+	held := filepath.Join(dir, "held")
+	if err := unix.Mkfifo(held, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	// The shell itself waits, for a writer that does not come.
+	if err := os.WriteFile(script, []byte("#!/bin/sh\necho $$ > "+dir+"/pid\nread x < "+held+"\n"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("PATH", dir+":"+os.Getenv("PATH"))
+	t.Setenv("TMPDIR", dir)
+	err := loadProfile("podshim-test", 5*time.Second)
+	if !errors.Is(err, errdefs.ErrUnavailable) {
+		t.Errorf("a parser that hangs: %v", err)
+	}
+	pid, err := os.ReadFile(filepath.Join(dir, "pid"))
+	if err != nil {
+		t.Fatal("it was not run")
+	}
+	process := filepath.Join("/proc", strings.TrimSpace(string(pid)))
+	for until := time.Now().Add(time.Minute); ; time.Sleep(10 * time.Millisecond) {
+		if _, err := os.Stat(process); errors.Is(err, os.ErrNotExist) {
+			break
+		}
+		if time.Now().After(until) {
+			t.Fatalf("parser %s is still there", pid)
+		}
+	}
+	if err := os.WriteFile(script, []byte("#!/bin/sh\necho no such thing >&2\nexit 3\n"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := loadProfile("podshim-test", time.Minute); err == nil || !strings.Contains(err.Error(), "no such thing") {
+		t.Errorf("a parser that refuses: %v", err)
+	}
+	if err := os.WriteFile(script, []byte("#!/bin/sh\ngrep -q 'profile podshim-test ' \"$2\"\n"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := loadProfile("podshim-test", time.Minute); err != nil {
+		t.Errorf("a parser that loads: %v", err)
+	}
+	left, err := filepath.Glob(filepath.Join(dir, "podshim-test*"))
+	if err != nil || len(left) > 0 {
+		t.Errorf("left: %q, %v", left, err)
 	}
 }
