@@ -26,7 +26,8 @@ func counting(to string, lines int, pause time.Duration) string {
 
 // numbers is what a log holds of a stream of lines that begin with consecutive numbers.
 type numbers struct {
-	next  int           // number that the next line should have
+	next  int           // how many lines there were: the number that the next one should have
+	cycle int           // if set, the line after this many has number 0 again
 	bytes int           // of the log
 	stall time.Duration // the longest time between two records
 	last  time.Time
@@ -91,8 +92,12 @@ func (n *numbers) line(text []byte) error {
 		n.gap(got - n.next)
 		n.next = got
 	}
-	if err != nil || got != n.next {
-		return fmt.Errorf("%.40q, want %d: %w", text, n.next, errOutOfOrder)
+	want := n.next
+	if n.cycle > 0 {
+		want %= n.cycle
+	}
+	if err != nil || got != want {
+		return fmt.Errorf("%.40q, want %d: %w", text, want, errOutOfOrder)
 	}
 	n.next++
 	return nil
