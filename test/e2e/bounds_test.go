@@ -116,17 +116,26 @@ func testPodResources(t *testing.T, k *Kubelet) {
 
 // Probes: what kubelet asks, podshim carries; a failed liveness probe restarts.
 func testProbes(t *testing.T, k *Kubelet) {
-	p := k.Run("probes", "sleep 20", "sleep 4")
+	p := k.Run("probes", "sleep 20", "sleep 4", "timeoutSeconds: 1", "timeoutSeconds: 60",
+		"\nspec:\n", "\nspec:\n  terminationGracePeriodSeconds: 20\n")
 	status := p.WaitReady()
 	web := status.Container("web")
 	if web.Started == nil || !*web.Started || !web.Ready {
 		t.Errorf("web is %v, want started and ready", web)
 	}
 	sandbox := p.Sandbox()
+	// A page that is gone makes it unready and no more than that; with the page it is ready again.
+	const page, away = "/usr/share/nginx/html/index.html", "/tmp/index.html"
+	p.Exec("web", "mv", page, away)
+	p.Wait("unready by its readiness probe", func(s PodStatus) bool {
+		return !s.Container("web").Ready && s.Condition("Ready") == "False"
+	})
+	p.Exec("web", "mv", away, page)
+	p.Wait("ready again", func(s PodStatus) bool { return s.Container("web").Ready })
 	after := p.Wait("restarted by its liveness probe", func(s PodStatus) bool {
 		return s.Container("fading").RestartCount > 0 && s.Container("fading").State.Running != nil
 	})
-	if c := after.Container("web"); c.ID() != web.ID() {
+	if c := after.Container("web"); c.ID() != web.ID() || c.RestartCount != 0 {
 		t.Errorf("web was restarted with the other: %v", c)
 	}
 	if now := p.Sandbox(); now != sandbox || after.Status.PodIP != status.Status.PodIP {
@@ -255,19 +264,19 @@ type summary struct {
 		}
 	}
 	Pods []struct {
-		PodRef     struct{ Name, UID string }
-		CPU        *cpuStats
-		Memory     *memoryStats
-		Network    *struct{ RxBytes, TxBytes *uint64 }
+		PodRef  struct{ Name, UID string }
+		CPU     *cpuStats
+		Memory  *memoryStats
+		Network *struct {
+			Name             string
+			RxBytes, TxBytes *uint64
+		}
 		Containers []struct {
 			Name         string
 			CPU          *cpuStats
 			Memory       *memoryStats
 			Rootfs, Logs *fsStats
 		}
-		ProcessStats *struct {
-			ProcessCount *uint64 `json:"process_count"`
-		} `json:"process_stats"`
 	}
 }
 
@@ -296,11 +305,7 @@ spec:
 	p.WaitReady()
 	var got string
 	complete := func() bool {
-		body, err := k.Get("/stats/summary")
-		var s summary
-		if err == nil {
-			err = json.Unmarshal([]byte(body), &s)
-		}
+		s, err := k.summary()
 		if err != nil {
 			got = err.Error()
 			return false
@@ -313,6 +318,42 @@ spec:
 		t.Errorf("/stats/summary is not complete: %s", got)
 	}
 	k.wantMetric("/metrics/resource", `container_cpu_usage_seconds_total{container="busy",namespace="default",pod="stats-node"}`)
+}
+
+// summary is kubelet's /stats/summary.
+func (k *Kubelet) summary() (s summary, err error) {
+	body, err := k.Get("/stats/summary")
+	if err == nil {
+		err = json.Unmarshal([]byte(body), &s)
+	}
+	return s, err
+}
+
+// checkPodNetwork: what the summary tells of a pod's traffic is what its network namespace has
+// counted, of before kubelet's and podshim's last look.
+func checkPodNetwork(t *testing.T, p *Pod) {
+	t.Helper()
+	infra, _ := p.Infra()
+	before := counters(infra, "eth0")
+	if before == nil {
+		t.Fatal("the pod has no eth0")
+	}
+	var got string
+	if !p.k.ask(func() bool {
+		s, err := p.k.summary()
+		now := counters(infra, "eth0")
+		got = fmt.Sprint(err)
+		for _, pod := range s.Pods {
+			if n := pod.Network; pod.PodRef.Name == p.FullName() && n != nil && n.RxBytes != nil && n.TxBytes != nil {
+				got = fmt.Sprintf("%s received %d, sent %d", n.Name, *n.RxBytes, *n.TxBytes)
+				return n.Name == "eth0" && before.rxBytes <= *n.RxBytes && *n.RxBytes <= now.rxBytes &&
+					before.txBytes <= *n.TxBytes && *n.TxBytes <= now.txBytes
+			}
+		}
+		return false
+	}) {
+		t.Errorf("the summary says %s; the pod's device had counted %+v, and has %+v", got, *before, *counters(infra, "eth0"))
+	}
 }
 
 // missingStats names what the summary does not tell of the pod of testStats.

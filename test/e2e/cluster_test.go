@@ -197,7 +197,9 @@ func (p *Pod) waitEvicted(message string) {
 	if status.Status.Reason != "Evicted" || !strings.Contains(status.Status.Message, message) {
 		p.k.t.Errorf("the pod ended as %s: %s; want it evicted: %s", status.Status.Reason, status.Status.Message, message)
 	}
-	if left := processesOf(status.Metadata.UID); len(left) != 0 {
+	// kubelet may tell of the end before it comes.
+	var left []harness.Process
+	if !p.k.ask(func() bool { left = processesOf(status.Metadata.UID); return len(left) == 0 }) {
 		p.k.t.Errorf("the evicted pod has left %v", left)
 	}
 }

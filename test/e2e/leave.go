@@ -72,11 +72,7 @@ func (k *Kubelet) checkPLEG() {
 		return v
 	}
 	rounds, seconds := value("kubelet_pleg_relist_duration_seconds_count"), value("kubelet_pleg_relist_duration_seconds_sum")
-	// When kubelet calls it unhealthy; it lists less often where podshim's events come as well.
-	limit := 3 * time.Minute
-	if value("kubelet_evented_pleg_connection_success_count") > 0 {
-		limit = 10 * time.Minute
-	}
+	const limit = 3 * time.Minute // when kubelet calls it unhealthy
 	since := time.Since(time.Unix(int64(value("kubelet_pleg_last_seen_seconds")), 0))
 	if lost := value("kubelet_pleg_discard_events"); rounds == 0 || lost != 0 || since > limit {
 		k.t.Errorf("kubelet's PLEG has listed %v times, last %v ago, and lost %v events", rounds, since, lost)

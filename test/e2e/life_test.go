@@ -25,8 +25,8 @@ func TestRestarts(t *testing.T) {
 	k.expect = append(k.expect, regexp.MustCompile(`code = Unavailable|error reading from server: (EOF|connection reset by peer)|Unable to authenticate|container runtime is down|"Failed to stop sandbox" podSandboxID=`))
 	pods := []*Pod{
 		k.Run("localhost"), k.Run("log-sidecar"),
-		k.Run("probes", "sleep 20; rm /tmp/live; sleep 1000000", counting, "timeoutSeconds: 1", "timeoutSeconds: 60"),
-		k.Run("native-sidecar", "while true; do sleep 0.1; done", counting, "periodSeconds: 1", "periodSeconds: 1\n      timeoutSeconds: 60"),
+		k.Run("probes", "sleep 20; rm /tmp/live; while true; do sleep 1; done", counting, "timeoutSeconds: 1", "timeoutSeconds: 60"),
+		k.Run("native-sidecar", "while true; do sleep 0.1; done", counting, "timeoutSeconds: 10", "timeoutSeconds: 60"),
 		k.Run("user-namespace", "exec sleep 1000000", counting),
 	}
 	before := map[string]harness.Process{}
@@ -70,7 +70,10 @@ func TestRestarts(t *testing.T) {
 		{"kubelet", false, func() { k.Kill(); k.Launch() }},
 		{"both", true, func() { k.Kill(); k.Node.Kill(); k.Node.Resume(); k.Launch() }},
 	} {
-		k.awayDuring(who.away, func() { k.killInTheMidst(t, who.name, who.kill) })
+		k.awayDuring(who.away, func() {
+			k.killInTheMidst(t, who.name, who.kill)
+			k.checkRestart(t, "in the midst of starts and removals, killed: "+who.name, pods, before)
+		})
 	}
 	checkRestartLogs(t, pods)
 }
@@ -144,8 +147,8 @@ func checkRestartLogs(t *testing.T, pods []*Pod) {
 }
 
 // killInTheMidst kills one or two of podshim and kubelet, and starts them again, when
-// podshim has begun with some pods, and again when it has begun to take them down. They
-// come up, and go, nevertheless.
+// podshim has begun with some pods, again when a first container runs, and again when it has
+// begun to take them down. They come up, and go, nevertheless, and what runs runs on.
 func (k *Kubelet) killInTheMidst(t *testing.T, who string, kill func()) {
 	t.Helper()
 	idle := len(k.sandboxes())
@@ -157,9 +160,20 @@ func (k *Kubelet) killInTheMidst(t *testing.T, who string, kill func()) {
 		t.Fatalf("%s: podshim has begun with no pod", who)
 	}
 	kill()
+	var running map[string]string
+	if !k.ask(func() bool { running = k.running(pods); return len(running) > 0 }) {
+		t.Fatalf("%s: podshim has started no container", who)
+	}
+	kill()
 	uids := map[string]bool{}
 	for _, p := range pods {
-		uids[p.WaitReady().Metadata.UID] = true
+		status := p.WaitReady()
+		uids[status.Metadata.UID] = true
+		for _, c := range status.Status.ContainerStatuses {
+			if id, ok := running[p.FullName()+"/"+c.Name]; ok && id != c.ID() {
+				t.Errorf("%s: container %s ran, and %v came in its place", who, id, c)
+			}
+		}
 	}
 	for _, p := range pods {
 		p.Remove()
@@ -197,6 +211,25 @@ func (k *Kubelet) sandboxes() (ids []string) {
 	}
 	for _, item := range list.Items {
 		ids = append(ids, item.Id)
+	}
+	return ids
+}
+
+// running are the IDs of the pods' containers that run, by the names of pod and container.
+func (k *Kubelet) running(pods []*Pod) map[string]string {
+	k.t.Helper()
+	list, err := k.Node.Runtime.ListContainers(k.Node.Context(), &cri.ListContainersRequest{Filter: &cri.ContainerFilter{
+		State: &cri.ContainerStateValue{State: cri.ContainerState_CONTAINER_RUNNING},
+	}})
+	if err != nil {
+		k.t.Fatalf("list containers: %v", err)
+	}
+	ids := map[string]string{}
+	for _, c := range list.Containers {
+		name := c.Labels["io.kubernetes.pod.name"]
+		if slices.ContainsFunc(pods, func(p *Pod) bool { return p.FullName() == name }) {
+			ids[name+"/"+c.Metadata.Name] = c.Id
+		}
 	}
 	return ids
 }
@@ -299,16 +332,23 @@ func TestGates(t *testing.T) {
   RuntimeClassInImageCriApi: true
   DefaultPodSysctls: true
 defaultPodSysctls: {net.ipv4.ip_local_port_range: "30000 30999"}
+logging: {vmodule: [{filePattern: evented, verbosity: 4}]} # it then tells of each event that it goes by
 `})
 	k.expect = append(k.expect,
 		// kubelet asks for a sandbox that it has not made yet.
 		regexp.MustCompile(`"PodSandbox from runtime service failed" .* podSandboxID=""`),
 		// kubelet 1.37 looks for a volume's name among the mounts that CRI tells of, which have none.
 		regexp.MustCompile(`err="image was not found" pod="volumes-node"`))
+	t.Cleanup(func() {
+		if lines := linesWith(k.Log(), "not implemented, falling back"); lines != "" {
+			t.Errorf("kubelet does without the gates' calls:\n%s", lines)
+		}
+	})
 	t.Run("stats", func(t *testing.T) {
 		t.Parallel()
 		k := k.With(t)
 		testStats(t, k)
+		checkPodNetwork(t, &Pod{Name: "stats", k: k})
 		k.wantMetric("/metrics/cadvisor", `container_memory_working_set_bytes{container="busy",`)
 	})
 	t.Run("stop-signal", func(t *testing.T) {
@@ -349,5 +389,15 @@ defaultPodSysctls: {net.ipv4.ip_local_port_range: "30000 30999"}
 		k := k.With(t)
 		testLifetimes(t, k)
 		k.wantMetric("/metrics", "kubelet_evented_pleg_connection_success_count 1")
+		// Of an end that kubelet has seen, podshim has told it as well.
+		p := &Pod{Name: "lifetimes", k: k}
+		end := p.Wait("crashed", func(s PodStatus) bool { return s.Container("crashing").LastState.Terminated != nil }).
+			Container("crashing").LastState.Terminated
+		_, id, _ := strings.Cut(end.ContainerID, "://")
+		if !k.ask(func() bool {
+			return strings.Contains(linesWith(k.Log(), "requested pod relist after container termination"), `containerID="`+id+`"`)
+		}) {
+			t.Errorf("no event came of the end of container %s:\n%s", id, linesWith(k.Log(), "Evented PLEG"))
+		}
 	})
 }

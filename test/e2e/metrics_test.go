@@ -1,12 +1,12 @@
 package e2e
 
 import (
-	"fmt"
 	"maps"
 	"math"
 	"os"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -285,23 +285,36 @@ func device(all map[string]series, name string) string {
 // reads for runtimes that it knows.
 func checkNetwork(t *testing.T, ours map[string]series, process harness.Process) {
 	t.Helper()
+	kernel := counters(process, "eth0")
+	if kernel == nil {
+		t.Fatal("the pod has no eth0")
+	}
+	for name, want := range map[string]uint64{
+		"container_network_receive_bytes_total": kernel.rxBytes, "container_network_receive_packets_total": kernel.rxPackets,
+		"container_network_transmit_bytes_total": kernel.txBytes, "container_network_transmit_packets_total": kernel.txPackets,
+	} {
+		got, ok := ours[name+"{interface=eth0}"]
+		if !ok || got.value > float64(want) || got.value < float64(want)-8192 || got.value == 0 {
+			t.Errorf("%s is %g (%v), /proc/net/dev says %d", name, got.value, ok, want)
+		}
+	}
+}
+
+// traffic is what a network device has counted.
+type traffic struct{ rxBytes, rxPackets, txBytes, txPackets uint64 }
+
+// counters are those of a device in a process's network namespace; nil if it has none.
+func counters(process harness.Process, device string) *traffic {
 	for line := range strings.Lines(process.Read("net/dev")) {
 		fields := strings.Fields(strings.Replace(line, ":", " ", 1))
-		if len(fields) < 11 || fields[0] != "eth0" {
+		if len(fields) < 11 || fields[0] != device {
 			continue
 		}
-		for name, field := range map[string]string{
-			"container_network_receive_bytes_total": fields[1], "container_network_receive_packets_total": fields[2],
-			"container_network_transmit_bytes_total": fields[9], "container_network_transmit_packets_total": fields[10],
-		} {
-			var kernel float64
-			_, err := fmt.Sscan(field, &kernel)
-			got, ok := ours[name+"{interface=eth0}"]
-			if err != nil || !ok || got.value > kernel || got.value < kernel-8192 || got.value == 0 {
-				t.Errorf("%s is %g (%v), /proc/net/dev says %s", name, got.value, ok, field)
-			}
+		var c traffic
+		for i, n := range map[int]*uint64{1: &c.rxBytes, 2: &c.rxPackets, 9: &c.txBytes, 10: &c.txPackets} {
+			*n, _ = strconv.ParseUint(fields[i], 10, 64)
 		}
-		return
+		return &c
 	}
-	t.Error("the pod has no eth0")
+	return nil
 }

@@ -45,6 +45,7 @@ type ContainerState struct {
 		ExitCode              int
 		Reason, Message       string
 		StartedAt, FinishedAt time.Time
+		ContainerID           string
 	}
 }
 

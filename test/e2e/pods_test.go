@@ -5,7 +5,6 @@ import (
 	"flag"
 	"fmt"
 	"os"
-	"regexp"
 	"strings"
 	"testing"
 
@@ -52,8 +51,6 @@ func keepSysctls() (restore func()) {
 func TestPods(t *testing.T) {
 	hugePages(t, 4)
 	k := Start(t, Options{Config: fmt.Sprintf("podPidsLimit: %d\ncontainerLogMaxSize: 300Ki\ncontainerLogMaxFiles: 100\ncontainerLogMonitorInterval: 3s\n", podPids)})
-	// The liveness probe of the example probes has a second; a machine that is too busy takes longer.
-	k.expect = append(k.expect, regexp.MustCompile(`"ExecSync cmd from runtime service failed" err="rpc error: code = DeadlineExceeded .*cmd=\["cat",`))
 	for _, row := range []struct {
 		name string
 		test func(*testing.T, *Kubelet)
@@ -131,8 +128,11 @@ func testLocalhost(t *testing.T, k *Kubelet) {
 	if ip := status.Status.PodIP; ip == "" || !strings.Contains(log, "inet "+ip+"/") {
 		t.Errorf("kubelet says IP %q, the client sees\n%s", ip, log)
 	}
-	web1, client1 := p.Exec("web", "ip", "addr"), p.Exec("client", "ip", "addr")
-	if web1 != client1 || !strings.Contains(web1, "eth0") {
+	var web1, client1 string
+	if !k.ask(func() bool { // a new address is "tentative" at first, perhaps for one of the two looks only
+		web1, client1 = p.Exec("web", "ip", "addr"), p.Exec("client", "ip", "addr")
+		return web1 == client1
+	}) || !strings.Contains(web1, "eth0") {
 		t.Errorf("devices in web:\n%s\nin client:\n%s", web1, client1)
 	}
 	if infra.StartTime > web.StartTime || infra.StartTime > client.StartTime {
@@ -153,11 +153,8 @@ func testSharedPID(t *testing.T, k *Kubelet) {
 	if nspid := strings.Fields(infra.Status("NSpid")); nspid[len(nspid)-1] != "1" {
 		t.Errorf("infra's PIDs are %v, want 1 in the pod", nspid)
 	}
-	log := p.WaitLog("watcher", "sleep 2")
-	for _, want := range []string{"nginx: master", "pause", "ps"} {
-		if !strings.Contains(log, want) {
-			t.Errorf("watcher's ps does not show %s:\n%s", want, log)
-		}
+	for _, want := range []string{"sleep 2", "nginx: master", "pause", "ps"} {
+		p.WaitLog("watcher", want)
 	}
 	// The orphan's parent is infra, and it goes without leaving a zombie.
 	var orphan harness.Process

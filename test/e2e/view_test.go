@@ -134,9 +134,21 @@ func testUserNamespace(t *testing.T, k *Kubelet) {
 // P7: one directory, mounted where each container likes.
 func testVolume(t *testing.T, k *Kubelet) {
 	p := k.Run("volume")
-	p.WaitReady()
+	status := p.WaitReady()
 	log := p.WaitLog("reader", "20")
 	p.WaitLog("reader", "Read-only file system")
+	dir := k.Root + "/pods/" + status.Metadata.UID + "/volumes/kubernetes.io~empty-dir/shared"
+	var volume, out, in unix.Stat_t
+	for path, st := range map[string]*unix.Stat_t{
+		dir: &volume, p.Process("writer").Path("root/out"): &out, p.Process("reader").Path("root/in"): &in,
+	} {
+		if err := unix.Stat(path, st); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if out.Ino != volume.Ino || in.Ino != volume.Ino || out.Dev != volume.Dev || in.Dev != volume.Dev {
+		t.Errorf("%s is inode %d, and %d and %d in the containers; want one directory", dir, volume.Ino, out.Ino, in.Ino)
+	}
 	if !strings.Contains(p.Exec("writer", "cat", "/out/now"), "20") {
 		t.Errorf("reader's log is %q", log)
 	}
@@ -151,7 +163,8 @@ func testVolumes(t *testing.T, k *Kubelet) {
 	// so, this machine has no systemd.
 	host := k.Dir + "/host-volume"
 	shareDir(t, host)
-	p := k.Run("volumes", "/tmp/podshim-volumes-example", host)
+	// The mounter has the time to unmount it.
+	p := k.Run("volumes", "/tmp/podshim-volumes-example", host, "\nspec:\n", "\nspec:\n  terminationGracePeriodSeconds: 20\n")
 	status := p.WaitReady()
 	log := p.WaitLog("look", "looked\n")
 	for _, want := range []string{`colour="blue"`, "67108864", "\nfile\n", "/usr/sbin/nginx", "/image-part/nginx"} {
