@@ -164,12 +164,13 @@ func (w *network) run(ctx context.Context, conf *cri.PodSandboxConfig) (string, 
 
 // undisturbed has others use the runtime while f runs: Status is asked all the
 // time, and pods on the node's network come and go. None of it may fail, and no Status
-// may take half as long as a plugin that hangs.
+// may take half as long as a plugin that hangs. Beside each Status, Version is asked, for
+// which the daemon looks at nothing: what takes long there, the machine takes.
 func (w *network) undisturbed(f func()) {
 	w.t.Helper()
 	done := make(chan struct{})
 	var others sync.WaitGroup
-	var statuses []time.Duration
+	var statuses, versions []time.Duration
 	pods := 0
 	over := func() bool {
 		select {
@@ -189,6 +190,11 @@ func (w *network) undisturbed(f func()) {
 				return
 			}
 			statuses = append(statuses, time.Since(start))
+			start = time.Now()
+			if _, err := w.Runtime.Version(w.Context(), &cri.VersionRequest{}); err != nil {
+				w.t.Errorf("Version: %v", err)
+			}
+			versions = append(versions, time.Since(start))
 			if over() {
 				return
 			}
@@ -209,8 +215,8 @@ func (w *network) undisturbed(f func()) {
 	f()
 	close(done)
 	others.Wait()
-	figures(w.t, "meanwhile %d Status, at most %v (of 99 in 100 %v, median %v); %d pods on the node's network",
-		len(statuses), worst(statuses), p99(statuses), median(statuses), pods)
+	figures(w.t, "meanwhile %d Status, at most %v (of 99 in 100 %v, median %v), as many Version, at most %v (%v, %v); %d pods on the node's network",
+		len(statuses), worst(statuses), p99(statuses), median(statuses), worst(versions), p99(versions), median(versions), pods)
 	if len(statuses) == 0 || pods == 0 {
 		w.t.Errorf("%d Status and %d pods beside a broken network", len(statuses), pods)
 	}

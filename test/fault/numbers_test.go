@@ -114,8 +114,11 @@ func counted(t *testing.T, path, stream string) *numbers {
 	return n
 }
 
-// figures is what a run has shown, for docs/reliability.md.
+// figures is what a run has shown, for docs/reliability.md, and how many processes of
+// the machine wanted to run in the minute before.
 func figures(t *testing.T, format string, args ...any) {
 	t.Helper()
-	t.Log("figures: " + strings.TrimSpace(fmt.Sprintf(format, args...)))
+	load, _ := os.ReadFile("/proc/loadavg")
+	minute, _, _ := strings.Cut(string(load), " ")
+	t.Logf("figures: %s (load %s)", strings.TrimSpace(fmt.Sprintf(format, args...)), minute)
 }

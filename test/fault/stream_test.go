@@ -125,26 +125,19 @@ func (s *stream) Close() error { return s.tcp.Close() }
 // Reset breaks the connection by RST, as a client's machine that has gone does.
 func (s *stream) Reset() error { return errors.Join(s.tcp.SetLinger(0), s.tcp.Close()) }
 
-func worst(all []time.Duration) time.Duration {
-	if len(all) == 0 {
-		return 0
-	}
-	return slices.Max(all).Round(time.Millisecond)
-}
+func worst(all []time.Duration) time.Duration { return percentile(all, 100) }
 
 // p99 is what all but one of a hundred took at most.
-func p99(all []time.Duration) time.Duration {
-	if len(all) == 0 {
-		return 0
-	}
-	sorted := slices.Sorted(slices.Values(all))
-	return sorted[(len(sorted)-1)*99/100].Round(time.Millisecond)
-}
+func p99(all []time.Duration) time.Duration { return percentile(all, 99) }
 
-func median(all []time.Duration) time.Duration {
+func p90(all []time.Duration) time.Duration { return percentile(all, 90) }
+
+func median(all []time.Duration) time.Duration { return percentile(all, 50) }
+
+func percentile(all []time.Duration, n int) time.Duration {
 	if len(all) == 0 {
 		return 0
 	}
 	sorted := slices.Sorted(slices.Values(all))
-	return sorted[len(sorted)/2].Round(time.Millisecond)
+	return sorted[(len(sorted)-1)*n/100].Round(100 * time.Microsecond)
 }
