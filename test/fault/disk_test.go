@@ -109,7 +109,7 @@ func testFullDisk(t *testing.T, n *harness.Node) {
 	}
 	for _, rounds := range []string{"first", "second"} {
 		filled := fill(t, n.Root)
-		before := stateOf(n)
+		before := stateOf(n, writer)
 		// More than one page of records: the database must grow for them.
 		padded := n.PodConfig(func(c *cri.PodSandboxConfig) {
 			c.Annotations = map[string]string{"padding": strings.Repeat("p", 64<<10)}
@@ -121,7 +121,7 @@ func testFullDisk(t *testing.T, n *harness.Node) {
 		refused(t, "CreateContainer", err)
 		_, err = n.Images.PullImage(n.Context(), &cri.PullImageRequest{Image: &cri.ImageSpec{Image: big}})
 		refused(t, "PullImage", err)
-		if after := stateOf(n); strings.Join(after, "\n") != strings.Join(before, "\n") {
+		if after := stateOf(n, writer); strings.Join(after, "\n") != strings.Join(before, "\n") {
 			t.Errorf("%s round: the refused calls left something:\n%s", rounds, difference(before, after))
 		}
 		if !stays.Process().Alive() {
@@ -196,10 +196,16 @@ func testImageIsRemoved(t *testing.T, n *harness.Node) {
 	n.Pull(big)
 }
 
-// stateOf is the node's, without the processes that the writer starts all the time.
-func stateOf(n *harness.Node) []string {
+// stateOf is the node's, without the processes that a writer starts all the time: those in
+// its cgroup, and those that are gone by now.
+func stateOf(n *harness.Node, writer *harness.Container) []string {
 	return slices.DeleteFunc(n.State(), func(line string) bool {
-		return strings.HasPrefix(line, "process ") && strings.HasSuffix(line, " sleep")
+		var pid int
+		if _, err := fmt.Sscanf(line, "process %d ", &pid); err != nil {
+			return false
+		}
+		p, err := harness.ReadProcess(pid)
+		return err != nil || strings.Contains(p.Cgroup, writer.ID)
 	})
 }
 
