@@ -121,6 +121,9 @@ func TestExecLeavesBackground(t *testing.T) {
 			}
 		}
 	})
+	if late > (left+late)/2 {
+		t.Errorf("%d of %d commands have waited for what they left in the background", late, left+late)
+	}
 	if got := len(c.Processes()); got < left {
 		t.Errorf("%d processes in the container: the %d that were left there are not the runtime's to end", got, left)
 	}

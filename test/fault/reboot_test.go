@@ -52,7 +52,11 @@ func TestReboot(t *testing.T) {
 
 	began := time.Now()
 	n.Resume()
-	figures(t, "podshim answers %v after its start, with %d pods and %d containers on record", time.Since(began).Round(time.Millisecond), pods, pods+(pods+7)/8)
+	took := time.Since(began)
+	figures(t, "podshim answers %v after its start, with %d pods and %d containers on record", took.Round(time.Millisecond), pods, pods+(pods+7)/8)
+	if took > promised(10*time.Second) {
+		t.Errorf("podshim has waited for something: it answers after %v", took)
+	}
 	listed, err := n.Runtime.ListPodSandbox(n.Context(), &cri.ListPodSandboxRequest{})
 	if err != nil || len(listed.Items) != pods {
 		t.Fatalf("%d pods are listed, %v; want %d", len(listed.GetItems()), err, pods)

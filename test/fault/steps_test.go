@@ -109,6 +109,11 @@ func (s *subject) done(operation string) error {
 	switch operation {
 	case "RunPodSandbox":
 		wrong = infra != nil
+	case "CreateContainer":
+		mounts, err := os.ReadFile("/proc/self/mountinfo")
+		if err != nil || !strings.Contains(string(mounts), "/"+s.container+"/rootfs ") {
+			return fmt.Errorf("it has succeeded, but the root of container %q is not mounted: %w", s.container, err)
+		}
 	case "StartContainer":
 		wrong = infra != nil || process != nil
 	case "StopContainer", "RemoveContainer":
