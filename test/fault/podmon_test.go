@@ -154,17 +154,20 @@ func TestPodmonKilled(t *testing.T) {
 	if s := reader.WaitExit(); s.ExitCode != 21 || reader.LogText("stdout") != "got input\n" {
 		t.Errorf("the reader ended with %d, and has written %q", s.ExitCode, reader.LogText("stdout"))
 	}
-	lines := 0
+	lines, stall := 0, time.Duration(0)
 	for stream, c := range writers {
 		c.Stop(30 * time.Second)
 		if s := c.Status(); s.ExitCode != 33 || s.Reason != "Error" {
 			t.Errorf("the writer to %s ended with %d, %s; want 33", stream, s.ExitCode, s.Reason)
 		}
 		got := counted(t, c.LogPath(), stream)
-		lines += got.next
+		lines, stall = lines+got.next, max(stall, got.stall)
 		if len(got.notes) > 0 {
 			t.Errorf("notes in the log: %q", got.notes)
 		}
+	}
+	if stall > promised(10*time.Second) {
+		t.Errorf("a log stood still for %v", stall)
 	}
 	terminal.Stop(30 * time.Second)
 	if s := terminal.Status(); s.ExitCode != 33 {
@@ -174,8 +177,8 @@ func TestPodmonKilled(t *testing.T) {
 	if most := kills * 4096 / 4; lost > most {
 		t.Errorf("%d lines of the terminal are lost, at most %d may be", lost, most)
 	}
-	figures(t, "%d kills under %d containers; %d lines, none lost or twice; of %d lines of a terminal %d were lost; exec again after %v (of 9 in 10 %v, median %v), attach after %v (%v, %v); the same without a kill %v (%v, %v), %v (%v, %v); %d containers came and went with exact codes, the start of %d was cut off",
-		kills, len(processes), lines, written, lost,
+	figures(t, "%d kills under %d containers; %d lines, none lost or twice, at most %v between two records; of %d lines of a terminal %d were lost; exec again after %v (of 9 in 10 %v, median %v), attach after %v (%v, %v); the same without a kill %v (%v, %v), %v (%v, %v); %d containers came and went with exact codes, the start of %d was cut off",
+		kills, len(processes), lines, stall.Round(time.Millisecond), written, lost,
 		worst(execs), p90(execs), median(execs), worst(attaches), p90(attaches), median(attaches),
 		worst(execsBefore), p90(execsBefore), median(execsBefore), worst(attachesBefore), p90(attachesBefore), median(attachesBefore),
 		short.exact, short.cut)
@@ -434,6 +437,9 @@ func TestPodmonUpgraded(t *testing.T) {
 		if got := counted(t, c.LogPath(), "stdout"); i%10 == 0 {
 			stall = max(stall, got.stall)
 		}
+	}
+	if stall > promised(10*time.Second) {
+		t.Errorf("a log stood still for %v", stall)
 	}
 	figures(t, "%d containers through %d upgrades; longest time between two records of one that writes every 20 ms %v", len(containers), times(5, 2), stall.Round(time.Millisecond))
 }
