@@ -332,7 +332,7 @@ func resolved(path string) string {
 
 // What differs from one pod to the next, in paths.
 var (
-	idInPath     = regexp.MustCompile(`[0-9a-f]{64}|podshim-[0-9a-f]{16}`)
+	idInPath     = regexp.MustCompile(`[0-9a-f]{64}|podshim-[0-9a-f]{16}|veth[0-9a-f]{8}`)
 	numberInPath = regexp.MustCompile(`[0-9]+`)
 )
 
