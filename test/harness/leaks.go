@@ -96,6 +96,17 @@ func (d *daemon) reservations(ids []string) []string {
 	return found
 }
 
+// pins are the mounts in the directory of network namespaces.
+func (d *daemon) pins() []string {
+	var points []string
+	for _, m := range machineMounts() {
+		if strings.HasPrefix(m.Point, d.NetnsDir) {
+			points = append(points, m.Point)
+		}
+	}
+	return points
+}
+
 func machineMounts() []Mount {
 	data, _ := os.ReadFile("/proc/self/mountinfo")
 	return parseMounts(string(data))

@@ -205,7 +205,7 @@ func (p *Pod) Shell(script string, edits ...func(*cri.ContainerConfig)) *Contain
 func (c *Container) Start() {
 	c.n.t.Helper()
 	if _, err := c.n.Runtime.StartContainer(c.n.Context(), &cri.StartContainerRequest{ContainerId: c.ID}); err != nil {
-		c.n.t.Fatalf("start container %s: %v\n%s", c.Config.Metadata.Name, err, c.n.tail(20))
+		c.n.t.Fatalf("start container %s: %v\npinned namespaces: %q\n%s", c.Config.Metadata.Name, err, c.n.pins(), c.n.tail(20))
 	}
 }
 
