@@ -84,10 +84,11 @@ func (c *Cluster) writeControlPlane(tools string) error {
 	}
 	c.server = fmt.Sprintf("https://127.0.0.1:%d", ports[2])
 	// The parts of kubelet that speak with the API server, and never with podshim, complain
-	// before it knows the node, when the machine is too busy for it, and after its end.
+	// before it knows the node, when the machine is too busy for it, and after its end. The
+	// API server makes its namespaces when it answers already.
 	c.unreachable = regexp.MustCompile(regexp.QuoteMeta(strings.TrimPrefix(c.server, "https://")) +
 		`|^E\d{4} \S+ +\d+ (controller|event|kubelet_node_status|nodelease|reflector|status_manager)\.go:` +
-		`|nodes? \\?"node\\?" not found|not registered`)
+		`|nodes? \\?"node\\?" not found|namespaces \\?"kube-system\\?" not found|not registered`)
 	config := fmt.Sprintf(`apiVersion: v1
 kind: Config
 clusters:
