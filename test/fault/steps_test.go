@@ -276,9 +276,17 @@ func (s *steps) failAt(t *testing.T, point, name string, before []func(*subject)
 		}
 	}
 	// The program may be executed only after the start has been answered: then it ends
-	// as one does that ends at once.
+	// as one does that ends at once, and a client makes another one.
 	late := met && err == nil && point == "init execute"
-	if late {
+	if late && name == "RunPodSandbox" {
+		asked(t, "a pod whose infra container cannot be executed is not ready", func() bool {
+			answer, err := s.n.Runtime.PodSandboxStatus(s.n.Context(), &cri.PodSandboxStatusRequest{PodSandboxId: made.sandbox})
+			return err == nil && answer.Status.State == cri.PodSandboxState_SANDBOX_NOTREADY
+		})
+		if err := s.clear(made); err != nil {
+			t.Errorf("take the pod down: %v", err)
+		}
+	} else if late {
 		asked(t, "a container whose program cannot be executed ends", func() bool {
 			answer, err := s.n.Runtime.ContainerStatus(s.n.Context(), &cri.ContainerStatusRequest{ContainerId: made.container})
 			return err == nil && answer.Status.State == cri.ContainerState_CONTAINER_EXITED && answer.Status.ExitCode != 0
