@@ -826,11 +826,10 @@ func BenchmarkInfra(b *testing.B) {
 	rootfs, err := infra.Install(filepath.Join(b.TempDir(), "infra"))
 	must(b, err)
 	for b.Loop() {
-		id := m.id()
-		spec := m.spec(id, infra.Path)
-		spec.Root, spec.Mounts = &specs.Root{Path: rootfs, Readonly: true}, infra.Mounts(rootfs)
+		r := m.pause(rootfs)
+		id := r.ID
 		s.time("start", func() {
-			_, err := m.Start(b.Context(), monitor.StartRequest{ID: id, Spec: spec, Discard: true})
+			_, err := m.Start(b.Context(), r)
 			must(b, err)
 		})
 		s.time("delete", func() { must(b, m.Delete(b.Context(), id)) })
@@ -865,10 +864,7 @@ func BenchmarkMemory(b *testing.B) {
 		podmon := m.podmons()[0]
 		before := pss(b, podmon)
 		for range pods {
-			id := m.id()
-			spec := m.spec(id, infra.Path)
-			spec.Root, spec.Mounts = &specs.Root{Path: rootfs, Readonly: true}, infra.Mounts(rootfs)
-			_, err := m.Start(b.Context(), monitor.StartRequest{ID: id, Spec: spec, Discard: true})
+			_, err := m.Start(b.Context(), m.pause(rootfs))
 			must(b, err)
 			app, _ := m.start("echo hello; exec sleep 1000")
 			m.awaitLog(app, "hello")

@@ -221,11 +221,18 @@ func (m *Manager) startInfra(ctx context.Context, r *Record) (monitor.Process, e
 	if err := m.saveSpec(r.ID, oci); err != nil {
 		return monitor.Process{}, err
 	}
-	p, err := m.Monitor.Start(ctx, monitor.StartRequest{ID: r.ID, Spec: oci, Discard: true})
+	p, err := m.Monitor.Start(ctx, monitor.StartRequest{ID: r.ID, Spec: oci, Discard: true, Pause: image.Config == nil && !namesSeccomp(r)})
 	if err != nil {
 		return monitor.Process{}, fmt.Errorf("start infra container: %w", err)
 	}
 	return p, nil
+}
+
+// namesSeccomp tells whether the pod asks for a certain seccomp profile, not just for one.
+func namesSeccomp(r *Record) bool {
+	sc := r.Config.GetLinux().GetSecurityContext()
+	return sc.GetSeccomp().GetProfileType() == runtime.SecurityProfile_Localhost ||
+		sc.GetSeccompProfilePath() != "" //nolint:staticcheck // kubelet may still send it
 }
 
 // cniPod is what the network is told of a sandbox.

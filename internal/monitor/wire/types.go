@@ -24,6 +24,9 @@ type StartRequest struct {
 	LogPath string `json:"log_path,omitempty"`
 	// Discard gives the container /dev/null for all its stdio (infra).
 	Discard bool `json:"discard,omitempty"`
+	// Pause: the program is package infra's, so that any seccomp profile in Spec may be
+	// replaced by a filter that leaves what this program calls.
+	Pause bool `json:"pause,omitempty"`
 }
 
 // Process identifies a running process for good: a PID alone may be reused.

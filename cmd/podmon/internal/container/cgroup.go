@@ -11,11 +11,11 @@ import (
 	"github.com/opencontainers/runc/libcontainer"
 	"github.com/opencontainers/runc/libcontainer/configs"
 
-	"github.com/podshim/podshim/cmd/podmon/internal/join"
+	"github.com/podshim/podshim/cmd/podmon/internal/stage"
 )
 
 // joins tells whether processes join the container's cgroups by themselves (package
-// join). Otherwise libcontainer moves them: cgroup v2 has no need, and systemd wants to
+// stage). Otherwise libcontainer moves them: cgroup v2 has no need, and systemd wants to
 // be asked.
 func (c *Container) joins() bool {
 	return !c.rec.Systemd && !cgroups.IsCgroup2UnifiedMode()
@@ -78,7 +78,7 @@ func (c *Container) startInit(process *libcontainer.Process, settings *cgroups.C
 	if err := c.hideCgroups(); err != nil {
 		return err
 	}
-	order, err := join.NewOrder()
+	order, err := stage.NewOrder()
 	if err != nil {
 		return err
 	}
@@ -129,7 +129,7 @@ func (c *Container) startExec(process *libcontainer.Process) error {
 	if !c.joins() {
 		return c.lc.Run(process)
 	}
-	order, err := join.NewOrder()
+	order, err := stage.NewOrder()
 	if err != nil {
 		return err
 	}
@@ -141,7 +141,7 @@ func (c *Container) startExec(process *libcontainer.Process) error {
 }
 
 // settle takes the result of a start, and adds to it when the process has not joined.
-func settle(order *join.Order, process *libcontainer.Process, err error) error {
+func settle(order *stage.Order, process *libcontainer.Process, err error) error {
 	process.ExtraFiles = nil
 	if moved := order.Settle(err != nil); !moved && err == nil {
 		return errors.New("the process has not joined its cgroups")

@@ -94,7 +94,7 @@ type Container struct {
 	ready   chan struct{}
 	err     error
 	rec     record
-	process *libcontainer.Process // nil when adopted: PID 1 is not our child
+	process initProcess // nil when adopted: PID 1 is not our child
 	cgroup  cgroups.Manager
 	pidfd   *os.File
 	output  *stdio.Output
@@ -106,7 +106,7 @@ type Container struct {
 	life sync.RWMutex
 	// lc is nil once PID 1 has ended. It must not be used then: libcontainer
 	// starts a process in a destroyed container without any namespace, that is,
-	// on the host.
+	// on the host. A pause never has one.
 	lc *libcontainer.Container
 	// hidden is lc's list of its cgroups, empty but for a moment; see hideCgroups.
 	hidden map[string]string
@@ -358,7 +358,7 @@ func (c *Container) signalAll(ctx context.Context, sig syscall.Signal) error {
 
 // watch waits for PID 1's end and then leaves nothing of the container but its exit.
 func (c *Container) watch() {
-	if c.lc == nil {
+	if c.lc == nil && !c.rec.Pause {
 		c.killLeftovers() // podmon died in the middle of this
 		_ = c.signalInit(unix.SIGKILL)
 	}

@@ -10,6 +10,7 @@ import (
 	"slices"
 
 	"github.com/opencontainers/runc/libcontainer"
+	"github.com/opencontainers/runc/libcontainer/configs"
 	"github.com/opencontainers/runc/libcontainer/specconv"
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
@@ -63,7 +64,15 @@ func (c *Container) start(r wire.StartRequest) (err error) {
 			err = errors.Join(err, c.m.removeFiles(c.ID))
 		}
 	}()
-	if err := c.create(r); err != nil {
+	config, err := c.configure(r)
+	if err != nil {
+		return err
+	}
+	if isPause(r) {
+		clean, err = c.startPause(r, config)
+		return err
+	}
+	if err := c.create(r, config); err != nil {
 		return err
 	}
 	defer func() {
@@ -89,12 +98,24 @@ func (c *Container) start(r wire.StartRequest) (err error) {
 		}
 		return err
 	}
+	return c.own(process, func() error { return c.readOutput(r, ends) })
+}
+
+// initProcess is a PID 1 that podmon is the parent of.
+type initProcess interface {
+	Pid() (int, error)
+	Signal(os.Signal) error
+	Wait() (*os.ProcessState, error)
+}
+
+// own makes the process the container's PID 1, for good, or ends it.
+func (c *Container) own(process initProcess, last func() error) error {
 	c.process = process
 	if err := c.identify(process); err != nil {
 		c.terminate(process)
 		return err
 	}
-	if err := c.readOutput(r, ends); err != nil {
+	if err := last(); err != nil {
 		c.pidfd.Close()
 		c.terminate(process)
 		return err
@@ -103,18 +124,23 @@ func (c *Container) start(r wire.StartRequest) (err error) {
 	return nil
 }
 
-// create makes libcontainer's container and records it.
-func (c *Container) create(r wire.StartRequest) error {
+// configure is the spec as libcontainer has it.
+func (c *Container) configure(r wire.StartRequest) (*configs.Config, error) {
 	limitHooks(r.Spec.Hooks)
 	config, err := specconv.CreateLibcontainerConfig(&specconv.CreateOpts{
 		CgroupName: c.ID, UseSystemdCgroup: c.m.SystemdCgroup, Spec: r.Spec,
 	})
 	if err != nil {
-		return wire.Errorf(wire.ClassInvalid, "spec: %w", err)
+		return nil, wire.Errorf(wire.ClassInvalid, "spec: %w", err)
 	}
 	if config.OomScoreAdj == nil {
 		config.OomScoreAdj = &c.m.OOMScoreAdj
 	}
+	return config, nil
+}
+
+// create makes libcontainer's container and records it.
+func (c *Container) create(r wire.StartRequest, config *configs.Config) (err error) {
 	if c.lc, err = libcontainer.Create(c.m.stateRoot(), c.ID, config); err != nil {
 		if errors.Is(err, libcontainer.ErrExist) {
 			return wire.Errorf(wire.ClassExists, "create: %w", err)
@@ -125,9 +151,14 @@ func (c *Container) create(r wire.StartRequest) error {
 	if err != nil {
 		return fmt.Errorf("create: %w", err)
 	}
+	return c.note(r, state.CgroupPaths)
+}
+
+// note records what is about to be started, by which it can be undone.
+func (c *Container) note(r wire.StartRequest, cgroupPaths map[string]string) (err error) {
 	c.rec = record{
-		Owner: c.m.Owner, LogRoot: r.LogRoot, LogPath: r.LogPath, Discard: r.Discard,
-		Terminal: r.Spec.Process.Terminal, Systemd: c.m.SystemdCgroup, CgroupPaths: maps.Clone(state.CgroupPaths),
+		Owner: c.m.Owner, LogRoot: r.LogRoot, LogPath: r.LogPath, Discard: r.Discard, Pause: isPause(r),
+		Terminal: r.Spec.Process.Terminal, Systemd: c.m.SystemdCgroup, CgroupPaths: maps.Clone(cgroupPaths),
 	}
 	// A manager of its own, also when it looks at the same cgroup: libcontainer changes its
 	// config and its paths under locks of its own.
@@ -166,7 +197,7 @@ func limitHooks(h *specs.Hooks) {
 }
 
 // identify notes who PID 1 is, for good.
-func (c *Container) identify(process *libcontainer.Process) error {
+func (c *Container) identify(process initProcess) error {
 	pid, err := process.Pid()
 	if err != nil {
 		return err
@@ -194,7 +225,7 @@ func (c *Container) endFifoWait() {
 }
 
 // terminate ends what a failed start has begun.
-func (c *Container) terminate(process *libcontainer.Process) {
+func (c *Container) terminate(process initProcess) {
 	if err := process.Signal(unix.SIGKILL); err == nil {
 		_, _ = process.Wait()
 	}

@@ -1,17 +1,18 @@
-// Package join has a process that libcontainer starts move itself into its cgroups on
-// cgroup v1, as the first thing it does.
+// Package stage is what processes that podmon starts do first, in C and before any code of
+// libcontainer or Go: all of them join their cgroups, where podmon has no better way, and
+// the pause of a pod is started by it alone.
 //
-// Whoever moves another process there waits for an RCU grace period, 5 to 20 ms, because
-// a write to cgroup.procs takes cgroup_threadgroup_rwsem (kernel/cgroup/cgroup.c,
-// cgroup_procs_write_start). A thread that moves itself does not: it writes 0 to "tasks".
-// Nor does one that is born in a cgroup of v2 (CLONE_INTO_CGROUP), the hierarchy without
-// controllers that is beside v1 in the hybrid layout. So "podmon init" does that, in C and
-// before any code of libcontainer or Go: a thread of podmon must not, since a cgroup that
-// it is in can be frozen or throttled, and whoever kills what is in it would kill podmon.
+// Joining, on cgroup v1: whoever moves another process there waits for an RCU grace period,
+// 5 to 20 ms, because a write to cgroup.procs takes cgroup_threadgroup_rwsem
+// (kernel/cgroup/cgroup.c, cgroup_procs_write_start). A thread that moves itself does not:
+// it writes 0 to "tasks". Nor does one that is born in a cgroup of v2 (CLONE_INTO_CGROUP),
+// the hierarchy without controllers that is beside v1 in the hybrid layout. So the process
+// does that itself: a thread of podmon must not, since a cgroup that it is in can be frozen
+// or throttled, and whoever kills what is in it would kill podmon.
 //
 // What the process starts from then on is in the same cgroups. When a cgroup cannot be
 // joined the process ends, and its start fails with the reason.
-package join
+package stage
 
 // #cgo CFLAGS: -Wall -Werror
 import "C"

@@ -1,5 +1,5 @@
-// The part of package join that runs in "podmon init", before libcontainer's C code,
-// which is before Go: one thread, still in the host's namespaces.
+// Joining cgroups in "podmon init", before libcontainer's C code, which is before Go: one
+// thread, still in the host's namespaces.
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -13,28 +13,30 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "stage.h"
+
 #ifndef CLONE_INTO_CGROUP
 #define CLONE_INTO_CGROUP 0x200000000ULL
 #endif
 
-// The socket of an Order; see there for what is said.
-#define ORDER 3
-
-// libcontainer reads the log pipe and makes its lines the error of the start.
-static void fail(const char *attempt, const char *path)
+// libcontainer reads the log pipe and makes its lines the error of the start. Where it has
+// no part in that, podmon is told over the socket.
+void fail(const char *attempt, const char *path)
 {
 	char line[8192];
 	const char *pipe = getenv("_LIBCONTAINER_LOGPIPE");
+	if (!pipe) {
+		int n = snprintf(line, sizeof(line), "%s %.6000s: %s", attempt, path, strerror(errno));
+		_exit(send(ORDER, line, n, MSG_NOSIGNAL) < 0 ? 2 : 1);
+	}
 	int n = snprintf(line, sizeof(line), "{\"level\":\"error\",\"msg\":\"%s ", attempt);
 	for (; *path && n < 6000; path++)
 		line[n++] = (*path == '"' || *path == '\\' || (unsigned char)*path < ' ') ? '?' : *path;
 	n += snprintf(line + n, sizeof(line) - n, ": %s\"}\n", strerror(errno));
-	if (pipe && write(atoi(pipe), line, n) < 0)
-		_exit(2);
-	_exit(1);
+	_exit(write(atoi(pipe), line, n) < 0 ? 2 : 1);
 }
 
-static int put(const char *path, const char *value)
+int put(const char *path, const char *value)
 {
 	int fd = open(path, O_WRONLY | O_CLOEXEC);
 	if (fd < 0)
@@ -76,19 +78,11 @@ static int enter(const char *dir)
 	return put(path, "0");
 }
 
-// The priority puts it before libcontainer's constructor, which has none.
-void __attribute__((constructor(101))) podmon_join(void)
+bool join_cgroups(void)
 {
 	static char order[64 << 10];
-	int type = 0;
-	socklen_t size = sizeof(type);
+	bool told = false;
 
-	if (!getenv("_LIBCONTAINER_INITPIPE"))
-		return; // not "podmon init"
-	// libcontainer's own socket of messages, the one it synchronizes by, never has this
-	// number: its console or init socket comes before it, and both are streams.
-	if (getsockopt(ORDER, SOL_SOCKET, SO_TYPE, &type, &size) < 0 || type != SOCK_SEQPACKET)
-		return; // no order: libcontainer moves the process
 	// It keeps its number taken, and is closed by the container's program.
 	if (fcntl(ORDER, F_SETFD, FD_CLOEXEC) < 0)
 		fail("close on exec", "the order of cgroups");
@@ -100,7 +94,6 @@ void __attribute__((constructor(101))) podmon_join(void)
 		errno = n < 0 ? errno : ECANCELED;
 		fail("receive", "the order of cgroups");
 	}
-	int told = 0;
 	for (char *entry = order + 1; entry < order + n; entry += strlen(entry) + 1) {
 		int rc = *entry == 'U' ? enter(entry + 1) : put(entry + 1, "0");
 		if (rc < 0 && *entry == 't')
@@ -114,6 +107,21 @@ void __attribute__((constructor(101))) podmon_join(void)
 		if (syscall(SYS_sched_setaffinity, 0, sizeof(all), all) < 0)
 			fail("take", "the CPUs of the cpuset");
 	}
-	if (!told)
+	return told;
+}
+
+// The priority puts it before libcontainer's constructor, which has none.
+void __attribute__((constructor(101))) podmon_join(void)
+{
+	int type = 0;
+	socklen_t size = sizeof(type);
+
+	if (!getenv("_LIBCONTAINER_INITPIPE"))
+		return; // not "podmon init"
+	// libcontainer's own socket of messages, the one it synchronizes by, never has this
+	// number: its console or init socket comes before it, and both are streams.
+	if (getsockopt(ORDER, SOL_SOCKET, SO_TYPE, &type, &size) < 0 || type != SOCK_SEQPACKET)
+		return; // no order: libcontainer moves the process
+	if (!join_cgroups())
 		tell(-1);
 }

@@ -1,0 +1,89 @@
+package stage
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"strconv"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// Pause describes an infra container that runs the embedded pause program: without
+// capabilities, with no_new_privs and /dev/null for stdio, in a session keyring of its own,
+// with nothing mounted but its root, read-only. Its mount namespace is its own.
+type Pause struct {
+	Root    string // directory on the host
+	Program string // path in Root
+	Env     string // one variable
+	// Net, IPC and UTS are namespaces to join, by path; empty is podmon's own, or the one
+	// that Own has it make.
+	Net, IPC, UTS string
+	Own           uintptr // CLONE_NEW* flags
+	Hostname      string  // not set when empty
+	OOMScoreAdj   int
+	UID, GID      uint32
+	Groups        []uint32
+	// Filter leaves the process only the system calls that the program makes.
+	Filter bool
+}
+
+// pauseGroups is the most that pause.c takes.
+const pauseGroups = 64
+
+// Start starts it. It waits, set up but for its cgroups and privileges, for the order, and
+// Started tells when it has obeyed. With a cgroup it is born there (CLONE_INTO_CGROUP).
+func (p Pause) Start(o *Order, cgroup *os.File) (*os.Process, error) {
+	if len(p.Groups) > pauseGroups {
+		return nil, fmt.Errorf("start pause: more than %d supplemental groups", pauseGroups)
+	}
+	filter := ""
+	if p.Filter {
+		filter = "filter"
+	}
+	args := []string{
+		"podmon", "pause", p.Root, p.Program, p.Env, p.Net, p.IPC, p.UTS, p.Hostname, strconv.Itoa(p.OOMScoreAdj),
+		strconv.FormatUint(uint64(p.UID), 10), strconv.FormatUint(uint64(p.GID), 10), filter,
+	}
+	for _, gid := range p.Groups {
+		args = append(args, strconv.FormatUint(uint64(gid), 10))
+	}
+	cmd := &exec.Cmd{
+		Path: "/proc/self/exe", Args: args, Env: []string{}, ExtraFiles: []*os.File{o.theirs},
+		SysProcAttr: &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNS | p.Own, Setsid: true},
+	}
+	if cgroup != nil {
+		cmd.SysProcAttr.UseCgroupFD, cmd.SysProcAttr.CgroupFD = true, int(cgroup.Fd())
+	}
+	err := cmd.Start()
+	o.theirs.Close() // so that its end is seen
+	if err != nil {
+		return nil, fmt.Errorf("start pause: %w", err)
+	}
+	return cmd.Process, nil
+}
+
+// Started returns when the process that Start made is the program itself, or with what kept
+// it from that.
+func (o *Order) Started() error {
+	defer o.ours.Close()
+	var text [8 << 10]byte
+	told := false
+	for {
+		switch n, err := o.ours.Read(text[:]); {
+		case errors.Is(err, io.EOF) && told:
+			return nil
+		case errors.Is(err, io.EOF):
+			return errors.New("start pause: it has ended before its time")
+		case err != nil:
+			return fmt.Errorf("start pause: %w", err)
+		case n == 1:
+			told = true
+		default:
+			return fmt.Errorf("start pause: %s", text[:n])
+		}
+	}
+}

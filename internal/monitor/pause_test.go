@@ -1,0 +1,308 @@
+package monitor_test
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"reflect"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+
+	"github.com/podshim/podshim/internal/infra"
+	"github.com/podshim/podshim/internal/monitor"
+	"github.com/podshim/podshim/internal/monitor/wire"
+)
+
+// pause asks for an infra container as package spec describes one.
+func (m *machine) pause(rootfs string) monitor.StartRequest {
+	id, adj := m.id(), 77
+	spec := m.spec(id, infra.Path)
+	spec.Root, spec.Mounts = &specs.Root{Path: rootfs, Readonly: true}, infra.Mounts(rootfs)
+	spec.Hostname = "its-name"
+	spec.Process.Env, spec.Process.Capabilities = []string{"PATH=/bin"}, &specs.LinuxCapabilities{}
+	spec.Process.NoNewPrivileges, spec.Process.OOMScoreAdj = true, &adj
+	return monitor.StartRequest{ID: id, Spec: spec, Discard: true, Pause: true}
+}
+
+func (m *machine) startPause(edit ...func(*monitor.StartRequest)) (string, monitor.Process) {
+	m.t.Helper()
+	rootfs, err := infra.Install(filepath.Join(m.t.TempDir(), "infra"))
+	must(m.t, err)
+	r := m.pause(rootfs)
+	for _, e := range edit {
+		e(&r)
+	}
+	p, err := m.Start(m.t.Context(), r)
+	must(m.t, err)
+	return r.ID, p
+}
+
+// looks is what the kernel says of a process that tells how it is confined.
+func looks(t *testing.T, id string, p monitor.Process) map[string]string {
+	t.Helper()
+	dir := fmt.Sprintf("/proc/%d/", p.PID)
+	read := func(name string) string {
+		b, err := os.ReadFile(dir + name)
+		must(t, err)
+		return string(b)
+	}
+	link := func(name string) string {
+		to, err := os.Readlink(dir + name)
+		must(t, err)
+		return to
+	}
+	is := map[string]string{
+		"exe": link("exe"), "cwd": link("cwd"), "root": link("root"), "args": read("cmdline"),
+		"environment":   strings.TrimSuffix(read("environ"), "HOME=/\x00"), // libcontainer's addition
+		"oom_score_adj": read("oom_score_adj"), "limits": read("limits"),
+		"cgroups": strings.ReplaceAll(read("cgroup"), id, "ID"),
+	}
+	for line := range strings.Lines(read("status")) {
+		name, value, _ := strings.Cut(strings.TrimSpace(line), ":\t")
+		if slices.Contains([]string{
+			"Name", "Umask", "State", "PPid", "TracerPid", "Uid", "Gid", "Groups", "Threads", "SigBlk", "SigIgn", "SigCgt",
+			"CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb", "NoNewPrivs", "Seccomp", "Seccomp_filters", "Cpus_allowed",
+		}, name) {
+			is[name] = value
+		}
+	}
+	for _, ns := range []string{"cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts"} {
+		own, err := os.Readlink("/proc/self/ns/" + ns)
+		must(t, err)
+		is["has the host's "+ns+" namespace"] = fmt.Sprint(link("ns/"+ns) == own)
+	}
+	fds, err := os.ReadDir(dir + "fd")
+	must(t, err)
+	for _, fd := range fds {
+		is["descriptor "+fd.Name()] = link("fd/" + fd.Name())
+	}
+	stat := strings.Fields(read("stat")[strings.LastIndex(read("stat"), ")")+1:])
+	is["leads its session"] = fmt.Sprint(stat[3] == fmt.Sprint(p.PID))
+	var st unix.Stat_t
+	must(t, unix.Stat(dir, &st))
+	is["owner of its /proc"] = fmt.Sprint(st.Uid) // root's when it is not dumpable
+	return is
+}
+
+// mounts are a process's mount points, with their options.
+func mounts(t *testing.T, p monitor.Process) (list []string) {
+	t.Helper()
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/mountinfo", p.PID))
+	must(t, err)
+	for line := range strings.Lines(string(b)) {
+		f := strings.Fields(line)
+		list = append(list, f[4]+" "+f[5])
+	}
+	return list
+}
+
+func hostnameIn(t *testing.T, p monitor.Process) string {
+	t.Helper()
+	out, err := exec.Command("nsenter", "-t", fmt.Sprint(p.PID), "-u", "hostname").Output()
+	must(t, err)
+	return strings.TrimSpace(string(out))
+}
+
+// What podmon starts by itself is confined as what libcontainer starts from the same spec,
+// and has no mounts but its root.
+func TestPauseIsWhatLibcontainerMakes(t *testing.T) {
+	for name, edit := range map[string]func(*specs.Spec){
+		"as it is": func(*specs.Spec) {},
+		"user and groups": func(s *specs.Spec) {
+			s.Process.User = specs.User{UID: 1234, GID: 567, AdditionalGids: []uint32{8, 9}}
+		},
+		"host's PID and UTS namespaces": func(s *specs.Spec) {
+			s.Hostname = ""
+			s.Linux.Namespaces = slices.DeleteFunc(s.Linux.Namespaces, func(ns specs.LinuxNamespace) bool {
+				return ns.Type == specs.PIDNamespace || ns.Type == specs.UTSNamespace
+			})
+		},
+		"network namespace of its own": func(s *specs.Spec) {
+			s.Linux.Namespaces = append(s.Linux.Namespaces, specs.LinuxNamespace{Type: specs.NetworkNamespace})
+		},
+		"limits": func(s *specs.Spec) {
+			shares, limit := uint64(2), int64(7)
+			s.Linux.Resources = &specs.LinuxResources{
+				CPU: &specs.LinuxCPU{Shares: &shares}, Pids: &specs.LinuxPids{Limit: &limit},
+				Devices: []specs.LinuxDeviceCgroup{{Allow: false, Access: "rwm"}},
+			}
+		},
+		"seccomp profile": func(s *specs.Spec) {
+			s.Linux.Seccomp = &specs.LinuxSeccomp{DefaultAction: specs.ActAllow, Syscalls: []specs.LinuxSyscall{
+				{Names: []string{"mount"}, Action: specs.ActErrno},
+			}}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			m := newMachine(t)
+			by := func(pause bool) (string, monitor.Process) {
+				return m.startPause(func(r *monitor.StartRequest) {
+					edit(r.Spec)
+					r.Pause = pause
+				})
+			}
+			id, ours := by(true)
+			other, its := by(false)
+			for _, p := range []monitor.Process{ours, its} {
+				for !strings.HasPrefix(procStat(p.PID), fmt.Sprintf("%d (pause) S ", p.PID)) {
+					time.Sleep(time.Millisecond) // libcontainer answers before it executes the program
+				}
+			}
+			got, want := looks(t, id, ours), looks(t, other, its)
+			for what := range want {
+				if got[what] != want[what] {
+					t.Errorf("%s: %q, by libcontainer %q", what, got[what], want[what])
+				}
+			}
+			for what := range got {
+				if _, ok := want[what]; !ok {
+					t.Errorf("%s: %q, by libcontainer none", what, got[what])
+				}
+			}
+			if a, b := limitsOf(t, m, id), limitsOf(t, m, other); !reflect.DeepEqual(a, b) {
+				t.Errorf("cgroup files %v, by libcontainer %v", a, b)
+			}
+			if a, b := hostnameIn(t, ours), hostnameIn(t, its); a != b {
+				t.Errorf("host name %q, by libcontainer %q", a, b)
+			}
+			if all := mounts(t, ours); len(all) != 1 || !strings.HasPrefix(all[0], "/ ro,nosuid,nodev") {
+				t.Errorf("mounts %q, want the root alone", all)
+			}
+			if _, err := os.Stat(filepath.Join(m.o.RunDir, "state", id)); err == nil {
+				t.Error("libcontainer has started it")
+			}
+			must(t, m.Signal(t.Context(), id, unix.SIGTERM, false))
+			if e := m.exit(id); !e.Known || e.Code != 0 {
+				t.Errorf("exit %+v, want 0", e)
+			}
+		})
+	}
+}
+
+// limitsOf reads what a spec can set.
+func limitsOf(t *testing.T, m *machine, id string) map[string]string {
+	t.Helper()
+	out := map[string]string{}
+	for _, f := range []string{"cpu/cpu.shares", "pids/pids.max", "devices/devices.list", "memory/memory.limit_in_bytes", "cpuset/cpuset.cpus"} {
+		controller, name := filepath.Split(f)
+		if b, err := os.ReadFile(filepath.Join("/sys/fs/cgroup", controller, m.cgroup, id, name)); err == nil {
+			out[f] = string(b)
+		}
+	}
+	return out
+}
+
+// A spec that asks for more than podmon does by itself goes to libcontainer.
+func TestPauseWithMore(t *testing.T) {
+	for name, edit := range map[string]func(*machine, *monitor.StartRequest){
+		"sysctls": func(_ *machine, r *monitor.StartRequest) {
+			r.Spec.Linux.Sysctl = map[string]string{"kernel.shm_rmid_forced": "1"}
+		},
+		"capabilities": func(_ *machine, r *monitor.StartRequest) {
+			r.Spec.Process.Capabilities.Bounding = []string{"CAP_KILL"}
+		},
+		"directory": func(_ *machine, r *monitor.StartRequest) { r.Spec.Process.Cwd = "/dev" },
+		"log": func(m *machine, r *monitor.StartRequest) {
+			r.Discard, r.LogRoot, r.LogPath = false, m.logs, "0.log"
+		},
+		"image": func(_ *machine, r *monitor.StartRequest) { r.Pause = false },
+	} {
+		t.Run(name, func(t *testing.T) {
+			m := newMachine(t)
+			id, _ := m.startPause(func(r *monitor.StartRequest) { edit(m, r) })
+			if _, err := os.Stat(filepath.Join(m.o.RunDir, "state", id)); err != nil {
+				t.Errorf("not started by libcontainer: %v", err)
+			}
+		})
+	}
+}
+
+// With a seccomp profile in its spec, nothing is left to it that pause does not call. (Its
+// own calls are: it ends on SIGTERM above.)
+func TestPauseFilter(t *testing.T) {
+	m := newMachine(t)
+	// A shell in its place, which gets nowhere without others.
+	id, _ := m.startPause(func(r *monitor.StartRequest) {
+		r.Spec.Root.Path, r.Spec.Process.Args = m.rootfs, []string{"/bin/sh"}
+		r.Spec.Linux.Seccomp = &specs.LinuxSeccomp{DefaultAction: specs.ActAllow}
+	})
+	if e := m.exit(id); !e.Known || e.Code == 0 {
+		t.Errorf("exit %+v of a program that needs other system calls", e)
+	}
+}
+
+// What a pause cannot be made from is refused, with the reason, and leaves nothing.
+func TestPauseRefused(t *testing.T) {
+	for name, c := range map[string]struct {
+		edit func(*monitor.StartRequest)
+		want string
+	}{
+		"no program": {func(r *monitor.StartRequest) { r.Spec.Process.Args[0] = "/nonesuch" }, "execute /nonesuch: No such file or directory"},
+		"no root":    {func(r *monitor.StartRequest) { r.Spec.Root.Path = "/nonesuch" }, "bind /nonesuch: No such file or directory"},
+		"no network namespace": {func(r *monitor.StartRequest) {
+			r.Spec.Linux.Namespaces = append(r.Spec.Linux.Namespaces, specs.LinuxNamespace{Type: specs.NetworkNamespace, Path: "/nonesuch"})
+		}, "/nonesuch"},
+		"not a namespace": {func(r *monitor.StartRequest) {
+			r.Spec.Linux.Namespaces = append(r.Spec.Linux.Namespaces, specs.LinuxNamespace{Type: specs.NetworkNamespace, Path: "/proc/self/ns/ipc"})
+		}, "join namespace /proc/self/ns/ipc"},
+		"no such limit": {func(r *monitor.StartRequest) {
+			none := uint64(1)
+			r.Spec.Linux.Resources.CPU = &specs.LinuxCPU{Period: &none}
+		}, "set limits"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			m := newMachine(t)
+			rootfs, err := infra.Install(filepath.Join(t.TempDir(), "infra"))
+			must(t, err)
+			r := m.pause(rootfs)
+			c.edit(&r)
+			if _, err := m.Start(t.Context(), r); err == nil || !strings.Contains(err.Error(), c.want) {
+				t.Errorf("%v, want %q in it", err, c.want)
+			}
+			if left, _ := filepath.Glob("/sys/fs/cgroup/*" + m.cgroup + "/" + r.ID); len(left) > 0 {
+				t.Errorf("left: %v", left)
+			}
+			if left, _ := os.ReadDir(filepath.Join(m.o.RunDir, "containers")); len(left) > 0 {
+				t.Errorf("left: %v", left)
+			}
+			r = m.pause(rootfs)
+			_, err = m.Start(t.Context(), r)
+			must(t, err)
+			must(t, m.Delete(t.Context(), r.ID))
+		})
+	}
+}
+
+// The next podmon has it as the last one had.
+func TestPauseChangesMonitors(t *testing.T) {
+	for name, change := range map[string]func(*testing.T, *machine){
+		"replaced": func(t *testing.T, m *machine) { must(t, m.Upgrade(t.Context())) },
+		"killed":   func(t *testing.T, m *machine) { must(t, unix.Kill(m.podmons()[0], unix.SIGKILL)) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			m := newMachine(t)
+			id, p := m.startPause()
+			before := m.podmons()
+			change(t, m)
+			// Podmon sees to it that no process but its own gets a signal.
+			must(t, m.Signal(t.Context(), id, unix.SIGCHLD, false))
+			if now, err := wire.Identify(p.PID); err != nil || now != p {
+				t.Errorf("pause was %+v, is %+v: %v", p, now, err)
+			}
+			if now := m.podmons(); reflect.DeepEqual(now, before) {
+				t.Errorf("podmon is still %v", now)
+			}
+			must(t, m.Signal(t.Context(), id, unix.SIGTERM, false))
+			if e := m.exit(id); !e.Known || e.Code != 0 {
+				t.Errorf("exit %+v, want 0", e)
+			}
+			must(t, m.Delete(t.Context(), id))
+		})
+	}
+}
