@@ -51,8 +51,7 @@ func (c *Container) run(process *libcontainer.Process) error {
 	if !c.joins() {
 		return c.lc.Run(process)
 	}
-	// These hooks see, and may change, what libcontainer has set before.
-	if config.HasHook(configs.Prestart, configs.CreateRuntime, configs.CreateContainer, configs.Poststart) {
+	if hasHooks(&config) {
 		if err := c.lc.Run(process); err != nil {
 			return err
 		}
@@ -68,7 +67,22 @@ func (c *Container) run(process *libcontainer.Process) error {
 	if err := c.hideCgroups(); err != nil {
 		return err
 	}
+	if c.view != nil {
+		pid, err := process.Pid()
+		if err == nil {
+			err = mountHierarchies(pid, c.view)
+		}
+		if err != nil {
+			return fmt.Errorf("mount cgroups: %w", err)
+		}
+	}
 	return c.lc.Exec()
+}
+
+// hasHooks tells whether there are hooks that see, and may change, what libcontainer has
+// set before.
+func hasHooks(config *configs.Config) bool {
+	return config.HasHook(configs.Prestart, configs.CreateRuntime, configs.CreateContainer, configs.Poststart)
 }
 
 // startInit starts "podmon init" as PID 1. libcontainer has no cgroup meanwhile and is

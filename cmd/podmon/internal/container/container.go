@@ -37,6 +37,7 @@ import (
 	_ "github.com/opencontainers/cgroups/devices" // lets cgroup managers set device rules
 	"github.com/opencontainers/cgroups/manager"
 	"github.com/opencontainers/runc/libcontainer"
+	"github.com/opencontainers/runc/libcontainer/configs"
 	"github.com/sirupsen/logrus"
 	"golang.org/x/sys/unix"
 
@@ -116,8 +117,9 @@ type Container struct {
 	files   sync.Mutex
 	deleted bool
 
-	killBy time.Time   // watch's own: when killing leftovers ends
-	killed atomic.Bool // podmon has sent SIGKILL
+	view   *configs.Mount // of the cgroups, to be made by mountHierarchies; Start's own
+	killBy time.Time      // watch's own: when killing leftovers ends
+	killed atomic.Bool    // podmon has sent SIGKILL
 	// executed: PID 1 is the container's own program; see awaitProgram.
 	executed atomic.Bool
 

@@ -141,6 +141,8 @@ func (c *Container) configure(r wire.StartRequest) (*configs.Config, error) {
 
 // create makes libcontainer's container and records it.
 func (c *Container) create(r wire.StartRequest, config *configs.Config) (err error) {
+	c.rec.Systemd = c.m.SystemdCgroup
+	c.view = c.takeHierarchies(config)
 	if c.lc, err = libcontainer.Create(c.m.stateRoot(), c.ID, config); err != nil {
 		if errors.Is(err, libcontainer.ErrExist) {
 			return wire.Errorf(wire.ClassExists, "create: %w", err)

@@ -1,0 +1,207 @@
+package container
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+
+	"github.com/opencontainers/cgroups"
+	"github.com/opencontainers/runc/libcontainer/configs"
+	"golang.org/x/sys/unix"
+)
+
+const cgroupRoot = "/sys/fs/cgroup"
+
+// takeHierarchies takes the mount of cgroup v1 at /sys/fs/cgroup out of a config, for podmon
+// to make it when everything else is mounted (mountHierarchies); nil when that is left to
+// libcontainer.
+//
+// It is a tmpfs with one mount for each hierarchy, a dozen. libcontainer looks for the
+// hierarchies in the mount table of the node, which has some lines for every pod, and mounts
+// each with its defence against what an image may have put in the way: together a quarter of
+// the time of a start. Nothing can be in the way in what has just been mounted.
+func (c *Container) takeHierarchies(config *configs.Config) *configs.Mount {
+	if !c.joins() || hasHooks(config) || config.MountLabel != "" || config.RootPropagation&unix.MS_SHARED != 0 ||
+		config.Namespaces.Contains(configs.NEWUSER) || config.Namespaces.Contains(configs.NEWCGROUP) {
+		return nil
+	}
+	at := slices.IndexFunc(config.Mounts, func(m *configs.Mount) bool { return m.Device == "cgroup" })
+	if at < 0 || config.Mounts[at].Destination != cgroupRoot {
+		return nil
+	}
+	sysfs := false
+	for i, m := range config.Mounts {
+		// What is mounted later may be above it or below.
+		dest := path.Clean("/" + m.Destination)
+		switch {
+		case i < at && dest == "/sys":
+			sysfs = m.Device == "sysfs"
+		case i != at && (within(cgroupRoot, dest) && dest != "/" || within(dest, cgroupRoot)):
+			return nil
+		}
+	}
+	for _, p := range slices.Concat(config.MaskPaths, config.ReadonlyPaths) {
+		if within(path.Clean(p), cgroupRoot) || within(cgroupRoot, path.Clean(p)) {
+			return nil
+		}
+	}
+	if !sysfs || len(hierarchies()) == 0 {
+		return nil
+	}
+	m := config.Mounts[at]
+	config.Mounts = slices.Delete(slices.Clone(config.Mounts), at, at+1)
+	return m
+}
+
+// within tells whether a clean path is dir or below it.
+func within(p, dir string) bool { return p == dir || strings.HasPrefix(p, dir+"/") }
+
+// hierarchies are the node's, as libcontainer finds them. They are looked for once: what is
+// mounted later is not missed by a container that is started then, as it is in no cgroup of
+// it that podmon has made. None before Linux 5.12, which has not what is needed here.
+var hierarchies = sync.OnceValue(func() []cgroups.Mount {
+	if unix.MountSetattr(-1, "", unix.AT_EMPTY_PATH, &unix.MountAttr{}) == unix.ENOSYS {
+		return nil
+	}
+	all, err := cgroups.GetCgroupMounts(false)
+	if err != nil {
+		return nil
+	}
+	return all
+})
+
+// mountHierarchies mounts tmpfs on the sysfs of a container whose program is not executed
+// yet, and in it the container's cgroup of each hierarchy.
+func mountHierarchies(pid int, m *configs.Mount) error {
+	own, err := cgroups.ParseCgroupFile(fmt.Sprintf("/proc/%d/cgroup", pid))
+	if err != nil {
+		return err
+	}
+	top, err := newTmpfs()
+	if err != nil {
+		return err
+	}
+	defer unix.Close(top)
+	var trees []tree
+	defer func() {
+		for _, t := range trees {
+			unix.Close(t.fd)
+		}
+	}()
+	attr := unix.MountAttr{Attr_set: unix.MOUNT_ATTR_NOSUID | unix.MOUNT_ATTR_NODEV | unix.MOUNT_ATTR_NOEXEC, Propagation: unix.MS_PRIVATE}
+	if m.Flags&unix.MS_RDONLY != 0 {
+		attr.Attr_set |= unix.MOUNT_ATTR_RDONLY
+	}
+	for _, h := range hierarchies() {
+		dir, err := h.GetOwnCgroup(own)
+		if err != nil {
+			return err
+		}
+		rel, err := filepath.Rel(h.Root, dir)
+		if err != nil {
+			return err
+		}
+		source := filepath.Join(h.Mountpoint, rel)
+		fd, err := unix.OpenTree(unix.AT_FDCWD, source, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
+		if err != nil {
+			return fmt.Errorf("clone mount %s: %w", source, err)
+		}
+		trees = append(trees, tree{filepath.Base(h.Mountpoint), fd})
+		if err := unix.MountSetattr(fd, "", unix.AT_EMPTY_PATH, &attr); err != nil {
+			return fmt.Errorf("set attributes of %s: %w", source, err)
+		}
+	}
+	for _, t := range trees {
+		if err := unix.Mkdirat(top, t.name, 0o755); err != nil {
+			return fmt.Errorf("make %s in tmpfs: %w", t.name, err)
+		}
+		if !strings.Contains(t.name, ",") {
+			continue
+		}
+		for alias := range strings.SplitSeq(t.name, ",") {
+			if err := unix.Symlinkat(t.name, top, alias); err != nil && !errors.Is(err, unix.EEXIST) {
+				return fmt.Errorf("make link %s in tmpfs: %w", alias, err)
+			}
+		}
+	}
+	return inMountNamespace(pid, func() error { return attach(top, trees) })
+}
+
+// tree is a mount that is nowhere yet.
+type tree struct {
+	name string
+	fd   int
+}
+
+func newTmpfs() (int, error) {
+	fs, err := unix.Fsopen("tmpfs", unix.FSOPEN_CLOEXEC)
+	if err == nil {
+		defer unix.Close(fs)
+		err = errors.Join(
+			unix.FsconfigSetString(fs, "source", "tmpfs"), unix.FsconfigSetString(fs, "mode", "755"), unix.FsconfigCreate(fs))
+	}
+	var fd int
+	if err == nil {
+		fd, err = unix.Fsmount(fs, unix.FSMOUNT_CLOEXEC, unix.MOUNT_ATTR_NOSUID|unix.MOUNT_ATTR_NODEV|unix.MOUNT_ATTR_NOEXEC)
+	}
+	if err != nil {
+		return -1, fmt.Errorf("make tmpfs: %w", err)
+	}
+	return fd, nil
+}
+
+// attach puts the trees where they belong, in the mount namespace of the thread.
+func attach(top int, trees []tree) error {
+	at, err := unix.Openat2(unix.AT_FDCWD, cgroupRoot, &unix.OpenHow{
+		Flags: unix.O_PATH | unix.O_DIRECTORY | unix.O_CLOEXEC, Resolve: unix.RESOLVE_NO_MAGICLINKS,
+	})
+	if err != nil {
+		return &os.PathError{Op: "open", Path: cgroupRoot, Err: err}
+	}
+	defer unix.Close(at)
+	var st unix.Statfs_t
+	if err := unix.Fstatfs(at, &st); err != nil || st.Type != unix.SYSFS_MAGIC {
+		return fmt.Errorf("%s is not sysfs's (type %x): %w", cgroupRoot, st.Type, err)
+	}
+	const both = unix.MOVE_MOUNT_F_EMPTY_PATH | unix.MOVE_MOUNT_T_EMPTY_PATH
+	if err := unix.MoveMount(top, "", at, "", both); err != nil {
+		return fmt.Errorf("mount tmpfs on %s: %w", cgroupRoot, err)
+	}
+	for _, t := range trees {
+		if err := unix.MoveMount(t.fd, "", top, t.name, unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
+			return fmt.Errorf("mount %s/%s: %w", cgroupRoot, t.name, err)
+		}
+	}
+	return nil
+}
+
+// inMountNamespace runs f on a thread in the process's mount namespace, at its root. The
+// thread ends with it.
+func inMountNamespace(pid int, f func() error) error {
+	name := fmt.Sprintf("/proc/%d/ns/mnt", pid)
+	ns, err := os.Open(name)
+	if err != nil {
+		return err
+	}
+	defer ns.Close()
+	done := make(chan error, 1)
+	go func() {
+		runtime.LockOSThread() // for good
+		err := unix.Unshare(unix.CLONE_FS)
+		if err == nil {
+			err = unix.Setns(int(ns.Fd()), unix.CLONE_NEWNS)
+		}
+		if err != nil {
+			done <- fmt.Errorf("join %s: %w", name, err)
+			return
+		}
+		done <- f()
+	}()
+	return <-done
+}
