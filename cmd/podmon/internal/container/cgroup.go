@@ -61,20 +61,14 @@ func (c *Container) run(process *libcontainer.Process) error {
 		return err
 	}
 	// The program waits for Exec: podmon's own work there is under no limit.
-	if err := c.lc.Set(config); err != nil {
-		return fmt.Errorf("set limits: %w", err)
+	mounted := make(chan error, 1)
+	go func() { mounted <- c.mountView(process) }()
+	err := c.lc.Set(config)
+	if err != nil {
+		err = fmt.Errorf("set limits: %w", err)
 	}
-	if err := c.hideCgroups(); err != nil {
+	if err := errors.Join(err, <-mounted, c.hideCgroups()); err != nil {
 		return err
-	}
-	if c.view != nil {
-		pid, err := process.Pid()
-		if err == nil {
-			err = mountHierarchies(pid, c.view)
-		}
-		if err != nil {
-			return fmt.Errorf("mount cgroups: %w", err)
-		}
 	}
 	return c.lc.Exec()
 }

@@ -76,6 +76,21 @@ var hierarchies = sync.OnceValue(func() []cgroups.Mount {
 	return all
 })
 
+// mountView mounts what takeHierarchies has taken.
+func (c *Container) mountView(process initProcess) error {
+	if c.view == nil {
+		return nil
+	}
+	pid, err := process.Pid()
+	if err == nil {
+		err = mountHierarchies(pid, c.view)
+	}
+	if err != nil {
+		return fmt.Errorf("mount cgroups: %w", err)
+	}
+	return nil
+}
+
 // mountHierarchies mounts tmpfs on the sysfs of a container whose program is not executed
 // yet, and in it the container's cgroup of each hierarchy.
 func mountHierarchies(pid int, m *configs.Mount) error {
