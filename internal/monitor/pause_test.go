@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"reflect"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -112,6 +113,18 @@ func hostnameIn(t *testing.T, p monitor.Process) string {
 // What podmon starts by itself is confined as what libcontainer starts from the same spec,
 // and has no mounts but its root.
 func TestPauseIsWhatLibcontainerMakes(t *testing.T) {
+	other := exec.Command("unshare", "-n", "sleep", "1000")
+	must(t, other.Start())
+	defer func() {
+		must(t, other.Process.Kill())
+		_ = other.Wait()
+	}()
+	netns := fmt.Sprintf("/proc/%d/ns/net", other.Process.Pid)
+	for own, _ := os.Readlink("/proc/self/ns/net"); ; time.Sleep(time.Millisecond) {
+		if its, err := os.Readlink(netns); err == nil && its != own {
+			break
+		}
+	}
 	for name, edit := range map[string]func(*specs.Spec){
 		"as it is": func(*specs.Spec) {},
 		"user and groups": func(s *specs.Spec) {
@@ -123,8 +136,8 @@ func TestPauseIsWhatLibcontainerMakes(t *testing.T) {
 				return ns.Type == specs.PIDNamespace || ns.Type == specs.UTSNamespace
 			})
 		},
-		"network namespace of its own": func(s *specs.Spec) {
-			s.Linux.Namespaces = append(s.Linux.Namespaces, specs.LinuxNamespace{Type: specs.NetworkNamespace})
+		"another's network namespace": func(s *specs.Spec) {
+			s.Linux.Namespaces = append(s.Linux.Namespaces, specs.LinuxNamespace{Type: specs.NetworkNamespace, Path: netns})
 		},
 		"limits": func(s *specs.Spec) {
 			shares, limit := uint64(2), int64(7)
@@ -141,6 +154,15 @@ func TestPauseIsWhatLibcontainerMakes(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			m := newMachine(t)
+			var one unix.CPUSet
+			one.Set(0)
+			threads, err := os.ReadDir(fmt.Sprintf("/proc/%d/task", m.podmons()[0]))
+			must(t, err)
+			for _, thread := range threads { // podmon's CPUs are not the pod's
+				tid, err := strconv.Atoi(thread.Name())
+				must(t, err)
+				must(t, unix.SchedSetaffinity(tid, &one))
+			}
 			by := func(pause bool) (string, monitor.Process) {
 				return m.startPause(func(r *monitor.StartRequest) {
 					edit(r.Spec)
@@ -148,6 +170,9 @@ func TestPauseIsWhatLibcontainerMakes(t *testing.T) {
 				})
 			}
 			id, ours := by(true)
+			if exe, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", ours.PID)); err != nil || exe != infra.Path {
+				t.Errorf("it is started, and runs %q: %v", exe, err)
+			}
 			other, its := by(false)
 			for _, p := range []monitor.Process{ours, its} {
 				for !strings.HasPrefix(procStat(p.PID), fmt.Sprintf("%d (pause) S ", p.PID)) {
@@ -174,8 +199,8 @@ func TestPauseIsWhatLibcontainerMakes(t *testing.T) {
 			if all := mounts(t, ours); len(all) != 1 || !strings.HasPrefix(all[0], "/ ro,nosuid,nodev") {
 				t.Errorf("mounts %q, want the root alone", all)
 			}
-			if _, err := os.Stat(filepath.Join(m.o.RunDir, "state", id)); err == nil {
-				t.Error("libcontainer has started it")
+			if all := mounts(t, its); len(all) != 3 {
+				t.Errorf("libcontainer has mounted %q", all)
 			}
 			must(t, m.Signal(t.Context(), id, unix.SIGTERM, false))
 			if e := m.exit(id); !e.Known || e.Code != 0 {
@@ -211,13 +236,22 @@ func TestPauseWithMore(t *testing.T) {
 		"log": func(m *machine, r *monitor.StartRequest) {
 			r.Discard, r.LogRoot, r.LogPath = false, m.logs, "0.log"
 		},
+		"limits of its own": func(_ *machine, r *monitor.StartRequest) {
+			r.Spec.Process.Rlimits = []specs.POSIXRlimit{{Type: "RLIMIT_CORE"}}
+		},
+		"hook": func(_ *machine, r *monitor.StartRequest) {
+			r.Spec.Hooks = &specs.Hooks{Poststart: []specs.Hook{{Path: "/bin/true"}}}
+		},
+		"network namespace": func(_ *machine, r *monitor.StartRequest) {
+			r.Spec.Linux.Namespaces = append(r.Spec.Linux.Namespaces, specs.LinuxNamespace{Type: specs.NetworkNamespace})
+		},
 		"image": func(_ *machine, r *monitor.StartRequest) { r.Pause = false },
 	} {
 		t.Run(name, func(t *testing.T) {
 			m := newMachine(t)
-			id, _ := m.startPause(func(r *monitor.StartRequest) { edit(m, r) })
-			if _, err := os.Stat(filepath.Join(m.o.RunDir, "state", id)); err != nil {
-				t.Errorf("not started by libcontainer: %v", err)
+			_, p := m.startPause(func(r *monitor.StartRequest) { edit(m, r) })
+			if all := mounts(t, p); len(all) < 3 {
+				t.Errorf("not started by libcontainer: mounts %q", all)
 			}
 		})
 	}
@@ -227,12 +261,16 @@ func TestPauseWithMore(t *testing.T) {
 // own calls are: it ends on SIGTERM above.)
 func TestPauseFilter(t *testing.T) {
 	m := newMachine(t)
-	// A shell in its place, which gets nowhere without others.
-	id, _ := m.startPause(func(r *monitor.StartRequest) {
-		r.Spec.Root.Path, r.Spec.Process.Args = m.rootfs, []string{"/bin/sh"}
-		r.Spec.Linux.Seccomp = &specs.LinuxSeccomp{DefaultAction: specs.ActAllow}
-	})
-	if e := m.exit(id); !e.Known || e.Code == 0 {
+	// A shell in its place, which gets nowhere without others: it may have ended when
+	// podmon looks.
+	r := m.pause(m.rootfs)
+	r.Spec.Process.Args = []string{"/bin/sh"}
+	r.Spec.Linux.Seccomp = &specs.LinuxSeccomp{DefaultAction: specs.ActAllow}
+	if _, err := m.Start(t.Context(), r); err != nil {
+		if !strings.Contains(err.Error(), "/bin/sh cannot be executed") {
+			t.Error(err)
+		}
+	} else if e := m.exit(r.ID); !e.Known || e.Code == 0 {
 		t.Errorf("exit %+v of a program that needs other system calls", e)
 	}
 }
@@ -244,13 +282,24 @@ func TestPauseRefused(t *testing.T) {
 		want string
 	}{
 		"no program": {func(r *monitor.StartRequest) { r.Spec.Process.Args[0] = "/nonesuch" }, "execute /nonesuch: No such file or directory"},
-		"no root":    {func(r *monitor.StartRequest) { r.Spec.Root.Path = "/nonesuch" }, "bind /nonesuch: No such file or directory"},
+		"no root":    {func(r *monitor.StartRequest) { r.Spec.Root.Path = "/nonesuch" }, "/nonesuch: no such file or directory"},
 		"no network namespace": {func(r *monitor.StartRequest) {
 			r.Spec.Linux.Namespaces = append(r.Spec.Linux.Namespaces, specs.LinuxNamespace{Type: specs.NetworkNamespace, Path: "/nonesuch"})
 		}, "/nonesuch"},
 		"not a namespace": {func(r *monitor.StartRequest) {
 			r.Spec.Linux.Namespaces = append(r.Spec.Linux.Namespaces, specs.LinuxNamespace{Type: specs.NetworkNamespace, Path: "/proc/self/ns/ipc"})
 		}, "join namespace /proc/self/ns/ipc"},
+		"host's own name": {func(r *monitor.StartRequest) {
+			r.Spec.Linux.Namespaces = slices.DeleteFunc(r.Spec.Linux.Namespaces, func(ns specs.LinuxNamespace) bool { return ns.Type == specs.UTSNamespace })
+		}, "UTS namespace"},
+		"no way for its user": {func(r *monitor.StartRequest) {
+			must(t, os.Chmod(r.Spec.Root.Path, 0o700))
+			r.Spec.Process.User.UID = 1234
+		}, "execute /pause: Permission denied"},
+		"not a program": {func(r *monitor.StartRequest) {
+			r.Spec.Process.Args[0] = "/text"
+			must(t, os.WriteFile(filepath.Join(r.Spec.Root.Path, "text"), []byte("text"), 0o755))
+		}, "/text cannot be executed"},
 		"no such limit": {func(r *monitor.StartRequest) {
 			none := uint64(1)
 			r.Spec.Linux.Resources.CPU = &specs.LinuxCPU{Period: &none}
@@ -260,8 +309,11 @@ func TestPauseRefused(t *testing.T) {
 			m := newMachine(t)
 			rootfs, err := infra.Install(filepath.Join(t.TempDir(), "infra"))
 			must(t, err)
+			first, _ := m.startPause() // podmon keeps some descriptors from its first start on
+			must(t, m.Delete(t.Context(), first))
 			r := m.pause(rootfs)
 			c.edit(&r)
+			before := descriptors(t, m.podmons()[0])
 			if _, err := m.Start(t.Context(), r); err == nil || !strings.Contains(err.Error(), c.want) {
 				t.Errorf("%v, want %q in it", err, c.want)
 			}
@@ -271,11 +323,51 @@ func TestPauseRefused(t *testing.T) {
 			if left, _ := os.ReadDir(filepath.Join(m.o.RunDir, "containers")); len(left) > 0 {
 				t.Errorf("left: %v", left)
 			}
+			must(t, os.Chmod(rootfs, 0o755))
 			r = m.pause(rootfs)
 			_, err = m.Start(t.Context(), r)
 			must(t, err)
 			must(t, m.Delete(t.Context(), r.ID))
+			if now := descriptors(t, m.podmons()[0]); now > before {
+				t.Errorf("podmon has %d descriptors, had %d", now, before)
+			}
 		})
+	}
+}
+
+func descriptors(t *testing.T, pid int) int {
+	t.Helper()
+	all, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", pid))
+	must(t, err)
+	return len(all)
+}
+
+// A podmon that finds no record of it, but libcontainer's state, removes all of it.
+func TestPauseWithDamagedRecord(t *testing.T) {
+	m := newMachine(t)
+	id, p := m.startPause()
+	must(t, os.WriteFile(filepath.Join(m.o.RunDir, "containers", id, "record.json"), []byte("{"), 0o600))
+	must(t, unix.Kill(m.podmons()[0], unix.SIGKILL))
+	must(t, m.Delete(t.Context(), id))
+	if left, _ := filepath.Glob("/sys/fs/cgroup/*" + m.cgroup + "/" + id); len(left) > 0 {
+		t.Errorf("left: %v", left)
+	}
+	awaitGone(t, p)
+}
+
+// A cgroup that others are in is refused, and they live.
+func TestPauseInUsedCgroup(t *testing.T) {
+	m := newMachine(t)
+	other, p := m.start("exec sleep 1000")
+	rootfs, err := infra.Install(filepath.Join(t.TempDir(), "infra"))
+	must(t, err)
+	r := m.pause(rootfs)
+	r.Spec.Linux.CgroupsPath = m.cgroup + "/" + other
+	if _, err := m.Start(t.Context(), r); err == nil || !strings.Contains(err.Error(), "not empty") {
+		t.Errorf("%v, want a refusal", err)
+	}
+	if now, err := wire.Identify(p.PID); err != nil || now != p {
+		t.Errorf("the other was %+v, is %+v: %v", p, now, err)
 	}
 }
 

@@ -221,17 +221,18 @@ func (m *Manager) startInfra(ctx context.Context, r *Record) (monitor.Process, e
 	if err := m.saveSpec(r.ID, oci); err != nil {
 		return monitor.Process{}, err
 	}
-	p, err := m.Monitor.Start(ctx, monitor.StartRequest{ID: r.ID, Spec: oci, Discard: true, Pause: image.Config == nil && !namesSeccomp(r)})
+	p, err := m.Monitor.Start(ctx, monitor.StartRequest{ID: r.ID, Spec: oci, Discard: true, Pause: image.Config == nil && !namesSeccomp(r, handler)})
 	if err != nil {
 		return monitor.Process{}, fmt.Errorf("start infra container: %w", err)
 	}
 	return p, nil
 }
 
-// namesSeccomp tells whether the pod asks for a certain seccomp profile, not just for one.
-func namesSeccomp(r *Record) bool {
+// namesSeccomp tells whether the pod, or whoever has configured podshim, asks for a certain
+// seccomp profile, not just for the default one.
+func namesSeccomp(r *Record, handler spec.Handler) bool {
 	sc := r.Config.GetLinux().GetSecurityContext()
-	return sc.GetSeccomp().GetProfileType() == runtime.SecurityProfile_Localhost ||
+	return handler.SeccompProfile != nil || sc.GetSeccomp().GetProfileType() == runtime.SecurityProfile_Localhost ||
 		sc.GetSeccompProfilePath() != "" //nolint:staticcheck // kubelet may still send it
 }
 

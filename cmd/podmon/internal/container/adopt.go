@@ -73,7 +73,7 @@ func (c *Container) adopt(ctx context.Context, files *wire.Message) (err error) 
 	if c.cgroup, err = cgroupAt(c.rec); err != nil {
 		return err
 	}
-	// Without state there is no container, but for a pause: podmon died while it removed it.
+	// Without state there is no container: podmon died while it removed it.
 	if c.lc, err = libcontainer.Load(c.m.stateRoot(), c.ID); err != nil && !errors.Is(err, libcontainer.ErrNotExist) {
 		return fmt.Errorf("load: %w", err)
 	}

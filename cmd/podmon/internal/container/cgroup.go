@@ -111,11 +111,16 @@ func (c *Container) startInit(process *libcontainer.Process, settings *cgroups.C
 	err = settle(order, process, err)
 	*settings = wanted
 	c.showCgroups()
+	return c.blameOOM(err)
+}
+
+// blameOOM says so where a start has failed because memory is short.
+func (c *Container) blameOOM(err error) error {
 	if err == nil {
 		return nil
 	}
 	if kills, counted := c.oomKills(); counted && kills > 0 {
-		err = fmt.Errorf("the OOM killer has ended it (pod's memory limit too low?): %w", err)
+		return fmt.Errorf("the OOM killer has ended it (pod's memory limit too low?): %w", err)
 	}
 	return err
 }

@@ -107,7 +107,7 @@ type Container struct {
 	life sync.RWMutex
 	// lc is nil once PID 1 has ended. It must not be used then: libcontainer
 	// starts a process in a destroyed container without any namespace, that is,
-	// on the host. A pause never has one.
+	// on the host.
 	lc *libcontainer.Container
 	// hidden is lc's list of its cgroups, empty but for a moment; see hideCgroups.
 	hidden map[string]string
@@ -125,6 +125,7 @@ type Container struct {
 
 	mu       sync.Mutex
 	begun    cgroups.Manager // of a start underway, for abort
+	starting *os.Process     // a pause that may not have joined its cgroups
 	handles  handles
 	exit     *wire.Exit
 	cleared  bool          // nothing is left that the record would be needed for
@@ -360,7 +361,7 @@ func (c *Container) signalAll(ctx context.Context, sig syscall.Signal) error {
 
 // watch waits for PID 1's end and then leaves nothing of the container but its exit.
 func (c *Container) watch() {
-	if c.lc == nil && !c.rec.Pause {
+	if c.lc == nil {
 		c.killLeftovers() // podmon died in the middle of this
 		_ = c.signalInit(unix.SIGKILL)
 	}
@@ -495,12 +496,15 @@ func (m *Manager) Abort(ctx context.Context, id string) error {
 	}
 	for {
 		c.mu.Lock()
-		cg := c.begun
+		cg, starting := c.begun, c.starting
 		c.mu.Unlock()
 		select {
 		case <-c.ready:
 			return nil
 		default:
+		}
+		if starting != nil {
+			_ = starting.Kill() // the gone is success
 		}
 		if cg != nil {
 			if err := killAll(ctx, cg); err != nil {

@@ -3,12 +3,15 @@ package container
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"maps"
 	"os"
+	"path/filepath"
 	"reflect"
 
 	"github.com/opencontainers/cgroups"
 	"github.com/opencontainers/cgroups/manager"
+	"github.com/opencontainers/runc/libcontainer"
 	"github.com/opencontainers/runc/libcontainer/configs"
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
@@ -38,7 +41,10 @@ func isPause(r wire.StartRequest) bool {
 	}
 	for _, ns := range linux.Namespaces {
 		_, known := joinable[ns.Type]
-		if !known && (ns.Path != "" || ns.Type != specs.MountNamespace && ns.Type != specs.PIDNamespace) {
+		switch {
+		case ns.Type == specs.NetworkNamespace && ns.Path == "": // libcontainer sets its loopback up
+			return false
+		case !known && (ns.Path != "" || ns.Type != specs.MountNamespace && ns.Type != specs.PIDNamespace):
 			return false
 		}
 	}
@@ -54,86 +60,129 @@ func isPause(r wire.StartRequest) bool {
 		reflect.DeepEqual(process, specs.Process{}) && reflect.DeepEqual(linux, specs.Linux{})
 }
 
-// startPause makes the infra container of a pod without libcontainer. What it does is done
+// startPause starts the infra container of a pod without libcontainer's help. It is done
 // before each pod is there, for a program of some hundred bytes that is our own: a few
 // system calls (stage.Pause) instead of a start of "podmon init", which is made for
 // everything that a spec may ask for. The mounts of the spec are what libcontainer needs.
 //
-// It begins with the record in a directory that is there. When clean is false the record
-// must stay.
-func (c *Container) startPause(r wire.StartRequest, config *configs.Config) (clean bool, err error) {
-	cg, err := manager.New(config.Cgroups)
-	if err != nil {
-		return true, fmt.Errorf("cgroup: %w", err)
-	}
-	if err := c.note(r, cg.GetPaths()); err != nil {
-		return true, err
-	}
-	defer func() {
-		if err != nil {
-			derr := c.cgroup.Destroy()
-			clean = derr == nil
-			err = errors.Join(err, derr)
-		}
-	}()
+// libcontainer has made the container, and gets the state it would have written: to it, and
+// to any podmon that comes after, this is a container like others.
+func (c *Container) startPause(spec *specs.Spec, config *configs.Config) error {
 	order, err := stage.NewOrder()
 	if err != nil {
-		return true, err
+		return err
 	}
-	p := pauseOf(r.Spec)
+	defer order.Close()
+	p := pauseOf(spec)
 	p.OOMScoreAdj = *config.OomScoreAdj
-	process, err := c.launchPause(p, order, cg, config.Cgroups.Resources)
+	process, born, err := c.launchPause(p, order)
+	if err == nil {
+		err = c.commandPause(process, born, order, config.Cgroups)
+	}
 	if err == nil {
 		err = order.Started()
-	} else {
-		order.Cancel()
 	}
 	if err != nil {
-		if process != nil {
+		if process != (child{}) {
 			c.terminate(process)
 		}
-		return true, err
+		return c.blameOOM(err)
 	}
-	return true, c.own(process, func() error { return nil })
+	return c.own(process, func() error {
+		if its, err := identifyFile(fmt.Sprintf("/proc/%d/exe", process.Process.Pid)); err != nil || its == c.rec.Init {
+			return wire.Errorf(wire.ClassNotExecutable, "start pause: %s cannot be executed, or has ended at once", p.Program)
+		}
+		return nil
+	})
 }
 
-// launchPause starts the process and has it join its cgroups when these have their limits.
-func (c *Container) launchPause(p stage.Pause, order *stage.Order, cg cgroups.Manager, limits *cgroups.Resources) (initProcess, error) {
-	paths := maps.Clone(c.rec.CgroupPaths)
-	var birth *os.File
-	if !c.joins() {
-		paths = nil // podmon moves it, or systemd does
-	} else if dir := paths[""]; dir != "" {
-		delete(paths, "")
-		if err := os.MkdirAll(dir, 0o755); err != nil {
-			return nil, fmt.Errorf("make cgroup: %w", err)
-		}
-		f, err := os.OpenFile(dir, unix.O_PATH|unix.O_DIRECTORY, 0)
-		if err != nil {
-			return nil, fmt.Errorf("open cgroup: %w", err)
-		}
-		defer f.Close()
-		birth = f
+// launchPause starts the process; born tells whether it is in its v2 cgroup already, on the
+// hybrid layout, where that is as good as podmon can do it, as it is for libcontainer.
+func (c *Container) launchPause(p stage.Pause, order *stage.Order) (_ child, born bool, err error) {
+	var started *os.Process
+	birth, err := c.birthCgroup()
+	if err == nil {
+		started, err = p.Start(order, birth)
+		birth.Close()
 	}
-	started, err := p.Start(order, birth)
-	if err != nil {
+	if born = err == nil; !born {
+		if started, err = p.Start(order, nil); err != nil {
+			return child{}, false, err
+		}
+	}
+	c.mu.Lock()
+	c.starting = started
+	c.mu.Unlock()
+	return child{started}, born, nil
+}
+
+// birthCgroup makes the v2 cgroup that a process on v1 is to be born in.
+func (c *Container) birthCgroup() (*os.File, error) {
+	dir := c.rec.CgroupPaths[""]
+	if !c.joins() || dir == "" {
+		return nil, errors.New("none")
+	}
+	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return nil, err
 	}
-	process, pid := child{started}, -1
-	if paths == nil {
-		pid = started.Pid
+	return os.OpenFile(dir, unix.O_PATH|unix.O_DIRECTORY, 0)
+}
+
+// commandPause has the process join its cgroups when these have their limits. It is beside
+// the first steps of the process, which waits then.
+func (c *Container) commandPause(process child, born bool, order *stage.Order, settings *cgroups.Cgroup) error {
+	pid, paths := process.Process.Pid, map[string]string(nil)
+	if c.joins() {
+		pid, paths = -1, maps.Clone(c.rec.CgroupPaths)
+		if born {
+			delete(paths, "")
+		}
 	}
-	// Beside the first steps of the process.
+	cg, err := manager.NewWithPaths(settings, maps.Clone(c.rec.CgroupPaths))
+	if err != nil {
+		return fmt.Errorf("cgroup: %w", err)
+	}
 	if err := cg.Apply(pid); err != nil {
-		return process, fmt.Errorf("make cgroups: %w", err)
+		return errors.Join(order.Said(), fmt.Errorf("make cgroups: %w", err))
 	}
-	if err := cg.Set(limits); err != nil {
-		return process, fmt.Errorf("set limits: %w", err)
+	if err := cg.Set(settings.Resources); err != nil {
+		return errors.Join(order.Said(), fmt.Errorf("set limits: %w", err))
 	}
-	if err := order.Send(paths, paths != nil); err != nil && !errors.Is(err, unix.EPIPE) {
-		return process, err
+	if err := order.Send(paths, true); err != nil && !errors.Is(err, unix.EPIPE) {
+		return err // else it has ended, and has said why
 	}
-	return process, nil // a process that has ended has said why
+	return c.tellLibcontainer(process.Process.Pid)
+}
+
+// tellLibcontainer gives libcontainer the state that it would have written.
+func (c *Container) tellLibcontainer(pid int) error {
+	state, err := c.lc.State()
+	if err != nil {
+		return err
+	}
+	init, err := wire.Identify(pid)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil // it has ended, and has said why
+	} else if err != nil {
+		return err
+	}
+	state.InitProcessPid, state.InitProcessStartTime = init.PID, init.StartTime
+	state.ExternalDescriptors = []string{os.DevNull, os.DevNull, os.DevNull}
+	for _, kind := range configs.NamespaceTypes() {
+		ns := configs.Namespace{Type: kind}
+		if configs.IsNamespaceSupported(kind) {
+			state.NamespacePaths[kind] = ns.GetPath(pid)
+		}
+	}
+	if err := save(filepath.Join(c.m.stateRoot(), c.ID), libState, state); err != nil {
+		return err
+	}
+	lc, err := libcontainer.Load(c.m.stateRoot(), c.ID)
+	if err != nil {
+		return fmt.Errorf("load: %w", err)
+	}
+	c.lc = lc
+	return c.hideCgroups()
 }
 
 // child is a process that podmon has started itself.

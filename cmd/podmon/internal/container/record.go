@@ -31,8 +31,6 @@ type record struct {
 	Discard     bool              `json:"discard,omitempty"`
 	CgroupPaths map[string]string `json:"cgroup_paths,omitempty"`
 	Systemd     bool              `json:"systemd,omitempty"`
-	// Pause: libcontainer does not know of the container; see startPause.
-	Pause bool `json:"pause,omitempty"`
 	// Init is the program that PID 1 runs before the container's own.
 	Init fileID `json:"init"`
 	// Process is zero until the container has been started.

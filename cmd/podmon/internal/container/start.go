@@ -68,10 +68,6 @@ func (c *Container) start(r wire.StartRequest) (err error) {
 	if err != nil {
 		return err
 	}
-	if isPause(r) {
-		clean, err = c.startPause(r, config)
-		return err
-	}
 	if err := c.create(r, config); err != nil {
 		return err
 	}
@@ -84,6 +80,9 @@ func (c *Container) start(r wire.StartRequest) (err error) {
 			err = errors.Join(err, derr)
 		}
 	}()
+	if isPause(r) {
+		return c.startPause(r.Spec, config)
+	}
 	ends, err := c.openStdio(r, process)
 	if err != nil {
 		return err
@@ -153,14 +152,9 @@ func (c *Container) create(r wire.StartRequest, config *configs.Config) (err err
 	if err != nil {
 		return fmt.Errorf("create: %w", err)
 	}
-	return c.note(r, state.CgroupPaths)
-}
-
-// note records what is about to be started, by which it can be undone.
-func (c *Container) note(r wire.StartRequest, cgroupPaths map[string]string) (err error) {
 	c.rec = record{
-		Owner: c.m.Owner, LogRoot: r.LogRoot, LogPath: r.LogPath, Discard: r.Discard, Pause: isPause(r),
-		Terminal: r.Spec.Process.Terminal, Systemd: c.m.SystemdCgroup, CgroupPaths: maps.Clone(cgroupPaths),
+		Owner: c.m.Owner, LogRoot: r.LogRoot, LogPath: r.LogPath, Discard: r.Discard,
+		Terminal: r.Spec.Process.Terminal, Systemd: c.m.SystemdCgroup, CgroupPaths: maps.Clone(state.CgroupPaths),
 	}
 	// A manager of its own, also when it looks at the same cgroup: libcontainer changes its
 	// config and its paths under locks of its own.

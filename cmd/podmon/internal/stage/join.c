@@ -110,18 +110,23 @@ bool join_cgroups(void)
 	return told;
 }
 
-// The priority puts it before libcontainer's constructor, which has none.
-void __attribute__((constructor(101))) podmon_join(void)
+bool has_order(void)
 {
 	int type = 0;
 	socklen_t size = sizeof(type);
 
+	return getsockopt(ORDER, SOL_SOCKET, SO_TYPE, &type, &size) == 0 && type == SOCK_SEQPACKET;
+}
+
+// The priority puts it before libcontainer's constructor, which has none.
+void __attribute__((constructor(101))) podmon_join(void)
+{
 	if (!getenv("_LIBCONTAINER_INITPIPE"))
 		return; // not "podmon init"
 	// libcontainer's own socket of messages, the one it synchronizes by, never has this
 	// number: its console or init socket comes before it, and both are streams.
-	if (getsockopt(ORDER, SOL_SOCKET, SO_TYPE, &type, &size) < 0 || type != SOCK_SEQPACKET)
-		return; // no order: libcontainer moves the process
+	if (!has_order())
+		return; // libcontainer moves the process
 	if (!join_cgroups())
 		tell(-1);
 }

@@ -23,6 +23,10 @@
 
 #include "stage.h"
 
+#ifndef __GLIBC__
+#error "a constructor is given argc and argv by glibc only"
+#endif
+
 #if defined(__x86_64__)
 #define ARCH AUDIT_ARCH_X86_64
 #elif defined(__aarch64__)
@@ -38,7 +42,7 @@ static void enter(const char *path, int kind)
 {
 	if (!*path)
 		return;
-	int fd = open(path, O_RDONLY | O_CLOEXEC);
+	int fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
 	if (fd < 0 || setns(fd, kind) < 0)
 		fail("join namespace", path);
 	close(fd);
@@ -53,9 +57,10 @@ static void show_root(const char *root)
 
 static void bind_root(const char *root)
 {
-	if (mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) < 0)
-		fail("make private", "all mounts");
-	if (mount(root, root, NULL, MS_BIND, NULL) < 0)
+	// What the host unmounts meanwhile goes here as well.
+	if (mount(NULL, "/", NULL, MS_REC | MS_SLAVE, NULL) < 0)
+		fail("make slaves of", "all mounts");
+	if (mount(root, root, NULL, MS_BIND, NULL) < 0 || mount(NULL, root, NULL, MS_PRIVATE, NULL) < 0)
 		fail("bind", root);
 	if (mount(NULL, root, NULL, MS_BIND | MS_REMOUNT | MS_RDONLY | MS_NOSUID | MS_NODEV, NULL) < 0)
 		fail("make read-only", root);
@@ -83,9 +88,9 @@ static void drop(char **argv)
 		fail("clear", "the ambient capabilities");
 	gid_t gid = strtoul(argv[GID], NULL, 10);
 	uid_t uid = strtoul(argv[UID], NULL, 10);
-	if (setgroups(n, groups) < 0 || setresgid(gid, gid, gid) < 0)
+	if (setgroups(n, groups) < 0 || setgid(gid) < 0)
 		fail("take group", argv[GID]);
-	if (setresuid(uid, uid, uid) < 0)
+	if (setuid(uid) < 0)
 		fail("take user", argv[UID]);
 	struct __user_cap_header_struct header = {.version = _LINUX_CAPABILITY_VERSION_3};
 	struct __user_cap_data_struct none[_LINUX_CAPABILITY_U32S_3] = {0};
@@ -121,7 +126,7 @@ static void filter(void)
 
 void __attribute__((constructor(102))) podmon_pause(int argc, char **argv)
 {
-	if (argc < GROUPS || strcmp(argv[COMMAND], "pause") != 0)
+	if (argc < GROUPS || strcmp(argv[COMMAND], "pause") != 0 || !has_order())
 		return;
 	// Nobody in the pod may look into what is podmon's until the program is another.
 	if (prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) < 0)
@@ -143,9 +148,9 @@ void __attribute__((constructor(102))) podmon_pause(int argc, char **argv)
 	join_cgroups(); // while their files can be seen
 	show_root(argv[ROOT]);
 	umask(022);
+	drop(argv);
 	if (access(argv[PROGRAM], X_OK) < 0)
 		fail("execute", argv[PROGRAM]);
-	drop(argv);
 	if (send(ORDER, "", 1, MSG_NOSIGNAL) != 1)
 		fail("tell of", "the start");
 	if (*argv[FILTER])

@@ -58,22 +58,22 @@ func (p Pause) Start(o *Order, cgroup *os.File) (*os.Process, error) {
 	if cgroup != nil {
 		cmd.SysProcAttr.UseCgroupFD, cmd.SysProcAttr.CgroupFD = true, int(cgroup.Fd())
 	}
-	err := cmd.Start()
-	o.theirs.Close() // so that its end is seen
-	if err != nil {
+	if err := cmd.Start(); err != nil {
 		return nil, fmt.Errorf("start pause: %w", err)
 	}
+	o.theirs.Close() // so that its end is seen
 	return cmd.Process, nil
 }
 
-// Started returns when the process that Start made is the program itself, or with what kept
-// it from that.
+// Started returns when the process that Start made has executed the program, or ended in
+// the attempt, or with what kept it from that.
 func (o *Order) Started() error {
-	defer o.ours.Close()
 	var text [8 << 10]byte
 	told := false
 	for {
 		switch n, err := o.ours.Read(text[:]); {
+		case errors.Is(err, unix.ECONNRESET):
+			// It has ended without having read its order. What it said comes next.
 		case errors.Is(err, io.EOF) && told:
 			return nil
 		case errors.Is(err, io.EOF):
@@ -86,4 +86,23 @@ func (o *Order) Started() error {
 			return fmt.Errorf("start pause: %s", text[:n])
 		}
 	}
+}
+
+// Said is what the process has said so far to why it does not start; nil is nothing.
+func (o *Order) Said() error {
+	var text [8 << 10]byte
+	n, _, err := unix.Recvfrom(int(o.ours.Fd()), text[:], unix.MSG_DONTWAIT)
+	if err == unix.ECONNRESET {
+		n, _, err = unix.Recvfrom(int(o.ours.Fd()), text[:], unix.MSG_DONTWAIT)
+	}
+	if err != nil || n < 2 {
+		return nil
+	}
+	return fmt.Errorf("start pause: %s", text[:n])
+}
+
+// Close ends a process that waits for the order.
+func (o *Order) Close() {
+	o.ours.Close()
+	o.theirs.Close()
 }
