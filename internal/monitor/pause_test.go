@@ -398,3 +398,18 @@ func TestPauseChangesMonitors(t *testing.T) {
 		})
 	}
 }
+
+// What a pause unmounts in its own mount namespace stays mounted on the host, also where
+// mounts are shared, as systemd has them all and podshim those of network namespaces.
+func TestPauseLeavesSharedMounts(t *testing.T) {
+	m := newMachine(t)
+	dir := t.TempDir()
+	must(t, unix.Mount("tmpfs", dir, "tmpfs", 0, ""))
+	defer func() { must(t, unix.Unmount(dir, unix.MNT_DETACH)) }()
+	must(t, unix.Mount("", dir, "", unix.MS_SHARED, ""))
+	m.startPause()
+	var st unix.Statfs_t
+	if err := unix.Statfs(dir, &st); err != nil || st.Type != unix.TMPFS_MAGIC {
+		t.Errorf("a shared mount is gone: type %x, %v", st.Type, err)
+	}
+}
