@@ -65,16 +65,20 @@ func TestHierarchies(t *testing.T) {
 }
 
 // Where something else of the container's lies above or below, libcontainer's order of
-// mounts holds: a volume on /sys hides the cgroups.
+// mounts holds: a volume on /sys hides the cgroups, also where it gets there by a link.
 func TestHierarchiesBelowVolume(t *testing.T) {
 	skipUnlessV1(t)
 	m := newMachine(t)
+	must(t, os.Symlink("sys", filepath.Join(m.rootfs, "link")))
 	volume := t.TempDir()
-	must(t, os.WriteFile(filepath.Join(volume, "mine"), nil, 0o644))
-	id, _ := m.start("exec sleep 1000", func(r *monitor.StartRequest) {
-		r.Spec.Mounts = append(r.Spec.Mounts, specs.Mount{Destination: "/sys", Type: "bind", Source: volume, Options: []string{"bind"}})
-	})
-	if got := m.execOutput(id, "ls", "/sys"); got != "mine\n" {
-		t.Errorf("/sys holds %q, want the volume's", got)
+	must(t, os.MkdirAll(filepath.Join(volume, "fs/cgroup"), 0o755))
+	for _, dest := range []string{"/sys", "/link", "/link/fs/cgroup"} {
+		id, _ := m.start("exec sleep 1000", func(r *monitor.StartRequest) {
+			r.Spec.Mounts = append(r.Spec.Mounts, specs.Mount{Destination: dest, Type: "bind", Source: volume, Options: []string{"bind"}})
+		})
+		at := strings.Replace(dest, "/link", "/sys", 1)
+		if got := m.execOutput(id, "ls", at); got != "fs\n" {
+			t.Errorf("a volume at %s: %s holds %q", dest, at, got)
+		}
 	}
 }

@@ -1,6 +1,7 @@
 package monitor_test
 
 import (
+	"encoding/json"
 	"fmt"
 	"os"
 	"os/exec"
@@ -173,6 +174,15 @@ func TestPauseIsWhatLibcontainerMakes(t *testing.T) {
 			if exe, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", ours.PID)); err != nil || exe != infra.Path {
 				t.Errorf("it is started, and runs %q: %v", exe, err)
 			}
+			// By which an older podmon takes it over, and one that finds its record damaged.
+			var state struct {
+				PID int `json:"init_process_pid"`
+			}
+			b, err := os.ReadFile(filepath.Join(m.o.RunDir, "state", id, "state.json"))
+			must(t, err)
+			if err := json.Unmarshal(b, &state); err != nil || state.PID != ours.PID {
+				t.Errorf("libcontainer knows %+v, not process %d: %v", state, ours.PID, err)
+			}
 			other, its := by(false)
 			for _, p := range []monitor.Process{ours, its} {
 				for !strings.HasPrefix(procStat(p.PID), fmt.Sprintf("%d (pause) S ", p.PID)) {
@@ -340,19 +350,6 @@ func descriptors(t *testing.T, pid int) int {
 	all, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", pid))
 	must(t, err)
 	return len(all)
-}
-
-// A podmon that finds no record of it, but libcontainer's state, removes all of it.
-func TestPauseWithDamagedRecord(t *testing.T) {
-	m := newMachine(t)
-	id, p := m.startPause()
-	must(t, os.WriteFile(filepath.Join(m.o.RunDir, "containers", id, "record.json"), []byte("{"), 0o600))
-	must(t, unix.Kill(m.podmons()[0], unix.SIGKILL))
-	must(t, m.Delete(t.Context(), id))
-	if left, _ := filepath.Glob("/sys/fs/cgroup/*" + m.cgroup + "/" + id); len(left) > 0 {
-		t.Errorf("left: %v", left)
-	}
-	awaitGone(t, p)
 }
 
 // A cgroup that others are in is refused, and they live.

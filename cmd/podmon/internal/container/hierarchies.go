@@ -11,6 +11,7 @@ import (
 	"strings"
 	"sync"
 
+	"github.com/moby/sys/mountinfo"
 	"github.com/opencontainers/cgroups"
 	"github.com/opencontainers/runc/libcontainer/configs"
 	"golang.org/x/sys/unix"
@@ -62,19 +63,45 @@ func (c *Container) takeHierarchies(config *configs.Config) *configs.Mount {
 // within tells whether a clean path is dir or below it.
 func within(p, dir string) bool { return p == dir || strings.HasPrefix(p, dir+"/") }
 
-// hierarchies are the node's, as libcontainer finds them. They are looked for once: what is
-// mounted later is not missed by a container that is started then, as it is in no cgroup of
-// it that podmon has made. None before Linux 5.12, which has not what is needed here.
+// hierarchies are the node's, as libcontainer finds them; none where they are not where they
+// are expected, or not all that is needed here can be done (before Linux 5.12, or under a
+// seccomp filter around podmon). They are looked for once: a hierarchy that is mounted later
+// has no cgroup of podmon's making.
 var hierarchies = sync.OnceValue(func() []cgroups.Mount {
-	if unix.MountSetattr(-1, "", unix.AT_EMPTY_PATH, &unix.MountAttr{}) == unix.ENOSYS {
+	all, err := cgroups.GetCgroupMounts(false)
+	if err != nil || len(all) == 0 {
 		return nil
 	}
-	all, err := cgroups.GetCgroupMounts(false)
+	for _, h := range all {
+		if filepath.Dir(h.Mountpoint) != cgroupRoot {
+			return nil
+		}
+	}
+	top, err := newTmpfs()
 	if err != nil {
 		return nil
 	}
+	defer unix.Close(top)
+	fd, err := cloneMount(all[0].Mountpoint, &unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY})
+	if err != nil {
+		return nil
+	}
+	unix.Close(fd)
 	return all
 })
+
+// cloneMount makes a mount like that of the directory, nowhere yet.
+func cloneMount(dir string, attr *unix.MountAttr) (int, error) {
+	fd, err := unix.OpenTree(unix.AT_FDCWD, dir, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
+	if err != nil {
+		return -1, fmt.Errorf("clone mount %s: %w", dir, err)
+	}
+	if err := unix.MountSetattr(fd, "", unix.AT_EMPTY_PATH, attr); err != nil {
+		unix.Close(fd)
+		return -1, fmt.Errorf("set attributes of %s: %w", dir, err)
+	}
+	return fd, nil
+}
 
 // mountView mounts what takeHierarchies has taken.
 func (c *Container) mountView(process initProcess) error {
@@ -94,6 +121,9 @@ func (c *Container) mountView(process initProcess) error {
 // mountHierarchies mounts tmpfs on the sysfs of a container whose program is not executed
 // yet, and in it the container's cgroup of each hierarchy.
 func mountHierarchies(pid int, m *configs.Mount) error {
+	if covered, err := sysfsCovered(pid); err != nil || covered {
+		return err
+	}
 	own, err := cgroups.ParseCgroupFile(fmt.Sprintf("/proc/%d/cgroup", pid))
 	if err != nil {
 		return err
@@ -122,15 +152,11 @@ func mountHierarchies(pid int, m *configs.Mount) error {
 		if err != nil {
 			return err
 		}
-		source := filepath.Join(h.Mountpoint, rel)
-		fd, err := unix.OpenTree(unix.AT_FDCWD, source, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
+		fd, err := cloneMount(filepath.Join(h.Mountpoint, rel), &attr)
 		if err != nil {
-			return fmt.Errorf("clone mount %s: %w", source, err)
+			return err
 		}
 		trees = append(trees, tree{filepath.Base(h.Mountpoint), fd})
-		if err := unix.MountSetattr(fd, "", unix.AT_EMPTY_PATH, &attr); err != nil {
-			return fmt.Errorf("set attributes of %s: %w", source, err)
-		}
 	}
 	for _, t := range trees {
 		if err := unix.Mkdirat(top, t.name, 0o755); err != nil {
@@ -146,6 +172,25 @@ func mountHierarchies(pid int, m *configs.Mount) error {
 		}
 	}
 	return inMountNamespace(pid, func() error { return attach(top, trees) })
+}
+
+// sysfsCovered tells whether there is something else above or below /sys/fs/cgroup than the
+// sysfs at /sys. A volume gets there where the image, or another volume, has a symbolic
+// link in the volume's path; it would hide what is mounted before it. The kernel says so:
+// to look at the path itself could be to wait for a volume's server.
+func sysfsCovered(pid int) (bool, error) {
+	f, err := os.Open(fmt.Sprintf("/proc/%d/mountinfo", pid))
+	if err != nil {
+		return false, err
+	}
+	defer f.Close()
+	all, err := mountinfo.GetMountsFromReader(f, func(i *mountinfo.Info) (skip, stop bool) {
+		return i.Mountpoint == "/" || !within(cgroupRoot, i.Mountpoint) && !within(i.Mountpoint, cgroupRoot), false
+	})
+	if err != nil {
+		return false, err
+	}
+	return len(all) != 1 || all[0].Mountpoint != "/sys" || all[0].FSType != "sysfs", nil
 }
 
 // tree is a mount that is nowhere yet.
@@ -174,16 +219,12 @@ func newTmpfs() (int, error) {
 // attach puts the trees where they belong, in the mount namespace of the thread.
 func attach(top int, trees []tree) error {
 	at, err := unix.Openat2(unix.AT_FDCWD, cgroupRoot, &unix.OpenHow{
-		Flags: unix.O_PATH | unix.O_DIRECTORY | unix.O_CLOEXEC, Resolve: unix.RESOLVE_NO_MAGICLINKS,
+		Flags: unix.O_PATH | unix.O_DIRECTORY | unix.O_CLOEXEC, Resolve: unix.RESOLVE_NO_SYMLINKS,
 	})
 	if err != nil {
 		return &os.PathError{Op: "open", Path: cgroupRoot, Err: err}
 	}
 	defer unix.Close(at)
-	var st unix.Statfs_t
-	if err := unix.Fstatfs(at, &st); err != nil || st.Type != unix.SYSFS_MAGIC {
-		return fmt.Errorf("%s is not sysfs's (type %x): %w", cgroupRoot, st.Type, err)
-	}
 	const both = unix.MOVE_MOUNT_F_EMPTY_PATH | unix.MOVE_MOUNT_T_EMPTY_PATH
 	if err := unix.MoveMount(top, "", at, "", both); err != nil {
 		return fmt.Errorf("mount tmpfs on %s: %w", cgroupRoot, err)

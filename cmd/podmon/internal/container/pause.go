@@ -3,11 +3,11 @@ package container
 import (
 	"errors"
 	"fmt"
-	"io/fs"
 	"maps"
 	"os"
 	"path/filepath"
 	"reflect"
+	"time"
 
 	"github.com/opencontainers/cgroups"
 	"github.com/opencontainers/cgroups/manager"
@@ -75,9 +75,9 @@ func (c *Container) startPause(spec *specs.Spec, config *configs.Config) error {
 	defer order.Close()
 	p := pauseOf(spec)
 	p.OOMScoreAdj = *config.OomScoreAdj
-	process, born, err := c.launchPause(p, order)
+	process, err := c.launchPause(p, order)
 	if err == nil {
-		err = c.commandPause(process, born, order, config.Cgroups)
+		err = c.commandPause(process, order, config.Cgroups)
 	}
 	if err == nil {
 		err = order.Started()
@@ -89,31 +89,32 @@ func (c *Container) startPause(spec *specs.Spec, config *configs.Config) error {
 		return c.blameOOM(err)
 	}
 	return c.own(process, func() error {
-		if its, err := identifyFile(fmt.Sprintf("/proc/%d/exe", process.Process.Pid)); err != nil || its == c.rec.Init {
-			return wire.Errorf(wire.ClassNotExecutable, "start pause: %s cannot be executed, or has ended at once", p.Program)
+		its, err := identifyFile(fmt.Sprintf("/proc/%d/exe", process.Process.Pid))
+		if err == nil && its != c.rec.Init {
+			return nil
 		}
-		return nil
+		return c.blameOOM(fmt.Errorf("start pause: %s cannot be executed, or has ended at once", p.Program))
 	})
 }
 
-// launchPause starts the process; born tells whether it is in its v2 cgroup already, on the
-// hybrid layout, where that is as good as podmon can do it, as it is for libcontainer.
-func (c *Container) launchPause(p stage.Pause, order *stage.Order) (_ child, born bool, err error) {
+// launchPause starts the process: on the hybrid layout in its v2 cgroup, where that can be.
+// (libcontainer does without it as well.)
+func (c *Container) launchPause(p stage.Pause, order *stage.Order) (child, error) {
 	var started *os.Process
 	birth, err := c.birthCgroup()
 	if err == nil {
 		started, err = p.Start(order, birth)
 		birth.Close()
 	}
-	if born = err == nil; !born {
+	if err != nil {
 		if started, err = p.Start(order, nil); err != nil {
-			return child{}, false, err
+			return child{}, err
 		}
 	}
 	c.mu.Lock()
 	c.starting = started
 	c.mu.Unlock()
-	return child{started}, born, nil
+	return child{started}, nil
 }
 
 // birthCgroup makes the v2 cgroup that a process on v1 is to be born in.
@@ -130,13 +131,11 @@ func (c *Container) birthCgroup() (*os.File, error) {
 
 // commandPause has the process join its cgroups when these have their limits. It is beside
 // the first steps of the process, which waits then.
-func (c *Container) commandPause(process child, born bool, order *stage.Order, settings *cgroups.Cgroup) error {
+func (c *Container) commandPause(process child, order *stage.Order, settings *cgroups.Cgroup) error {
 	pid, paths := process.Process.Pid, map[string]string(nil)
 	if c.joins() {
 		pid, paths = -1, maps.Clone(c.rec.CgroupPaths)
-		if born {
-			delete(paths, "")
-		}
+		delete(paths, "") // it is there, or stays where podmon is
 	}
 	cg, err := manager.NewWithPaths(settings, maps.Clone(c.rec.CgroupPaths))
 	if err != nil {
@@ -161,12 +160,10 @@ func (c *Container) tellLibcontainer(pid int) error {
 		return err
 	}
 	init, err := wire.Identify(pid)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil // it has ended, and has said why
-	} else if err != nil {
+	if err != nil {
 		return err
 	}
-	state.InitProcessPid, state.InitProcessStartTime = init.PID, init.StartTime
+	state.InitProcessPid, state.InitProcessStartTime, state.Created = init.PID, init.StartTime, time.Now().UTC()
 	state.ExternalDescriptors = []string{os.DevNull, os.DevNull, os.DevNull}
 	for _, kind := range configs.NamespaceTypes() {
 		ns := configs.Namespace{Type: kind}
