@@ -87,7 +87,7 @@ func (c *Cluster) writeControlPlane(tools string) error {
 	// before it knows the node, when the machine is too busy for it, and after its end. The
 	// API server makes its namespaces when it answers already.
 	c.unreachable = regexp.MustCompile(regexp.QuoteMeta(strings.TrimPrefix(c.server, "https://")) +
-		`|^E\d{4} \S+ +\d+ (controller|event|kubelet_node_status|nodelease|reflector|status_manager)\.go:` +
+		`|^E\d{4} \S+ +\d+ (controller|event|kubelet_node_status|nodelease|reflector|request|status_manager)\.go:` +
 		`|nodes? \\?"node\\?" not found|namespaces \\?"kube-system\\?" not found|not registered`)
 	config := fmt.Sprintf(`apiVersion: v1
 kind: Config
