@@ -110,22 +110,23 @@ func (m *Manager) build(ctx context.Context, s *Sandbox) error {
 		network cni.Result
 		infra   monitor.Process
 	)
-	g, gctx := errgroup.WithContext(ctx)
+	// Neither is cut short when the other fails: both take milliseconds, and a whole one
+	// is easier to give back than a half. An IPAM plugin that is killed between making
+	// its reservation and saying whose it is would leave one that no DEL finds.
+	var g errgroup.Group
 	if !r.HostNetwork() {
 		g.Go(func() error {
 			pod, err := cniPod(r)
 			if err != nil {
 				return err
 			}
-			return timeline.Do(gctx, "network (CNI ADD)", func() error {
-				network, err = m.Network.Add(gctx, pod)
+			return timeline.Do(ctx, "network (CNI ADD)", func() error {
+				network, err = m.Network.Add(ctx, pod)
 				return err
 			})
 		})
 	}
 	g.Go(func() (err error) {
-		// Not cut short when the network fails: a start takes milliseconds, and a
-		// whole one is easier to give back than a half.
 		return timeline.Do(ctx, "infra container", func() error {
 			infra, err = m.startInfra(ctx, r)
 			return err

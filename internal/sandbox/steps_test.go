@@ -42,6 +42,8 @@ type world struct {
 	records   map[string][]byte
 	addBegins chan struct{} // closed when an Add begins, if not nil
 	addWaits  chan struct{} // what an Add waits for, if not nil
+	noStart   chan struct{} // closed when a Start fails, which it does if not nil
+	addIsCut  bool          // an Add beside that was cut short
 }
 
 var errInjected = errors.New("injected")
@@ -64,6 +66,10 @@ func (w *world) note(f func()) {
 }
 
 func (w *world) Start(_ context.Context, r monitor.StartRequest) (monitor.Process, error) {
+	if w.noStart != nil {
+		close(w.noStart)
+		return monitor.Process{}, errors.New("no start")
+	}
 	infra := exec.Command("sleep", "100000")
 	if err := infra.Start(); err != nil {
 		return monitor.Process{}, err
@@ -97,6 +103,14 @@ func (w *world) Add(ctx context.Context, p cni.Pod) (cni.Result, error) {
 	if w.addBegins != nil {
 		close(w.addBegins)
 		<-w.addWaits
+	}
+	if w.noStart != nil {
+		<-w.noStart
+		select {
+		case <-ctx.Done():
+			w.addIsCut = true
+		case <-time.After(100 * time.Millisecond):
+		}
 	}
 	w.note(func() { w.networks[p.ID] = true })
 	if err := w.step(); err != nil {
@@ -428,6 +442,23 @@ func TestRetryOfRun(t *testing.T) {
 	}
 	if held := w.held(t, dir); len(held) > 0 {
 		t.Errorf("held: %q", held)
+	}
+}
+
+// A plugin that is killed in the midst may leave what no DEL finds.
+func TestAddIsNotCutShort(t *testing.T) {
+	dir := place(t)
+	w := newWorld()
+	w.noStart = make(chan struct{})
+	m := w.manager(t, dir)
+	if _, err := m.Run(t.Context(), podConfig("p"), ""); err == nil || !strings.Contains(err.Error(), "no start") {
+		t.Errorf("Run without infra: %v", err)
+	}
+	if w.addIsCut {
+		t.Error("CNI ADD was cut short because infra has failed")
+	}
+	if left := w.held(t, dir); len(left) > 0 {
+		t.Errorf("left: %v", left)
 	}
 }
 
