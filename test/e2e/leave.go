@@ -201,9 +201,10 @@ type passage struct {
 // harmless are errors of kubelet that podshim has no part in.
 var harmless = []*regexp.Regexp{
 	// kubelet removes a pod's containers from two places, and asks for the status of
-	// what the other one has removed; so does the part that rotates logs.
+	// what the other one has removed; so does the part that rotates logs, which asks for a
+	// log that has gone with its pod to be opened anew, of one that has ended by then.
 	regexp.MustCompile(`"(ContainerStatus from runtime service failed|Failed to get container status)" err="rpc error: code = NotFound `),
-	regexp.MustCompile(`"(ReopenContainerLog from runtime service failed|Container log doesn't exist, reopen container log failed)" err="rpc error: code = NotFound `),
+	regexp.MustCompile(`"(ReopenContainerLog from runtime service failed|Container log doesn't exist, reopen container log failed)" err="rpc error: code = (NotFound|FailedPrecondition) `),
 	regexp.MustCompile(`(Failed|failed) to remove .*failed to get container status .* code = NotFound desc = container`),
 	// Every kubelet of a machine tidies one and the same directory of links.
 	regexp.MustCompile(`"Failed to remove container log dead symlink" err="remove .* no such file or directory"`),
