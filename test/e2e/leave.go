@@ -206,6 +206,9 @@ var harmless = []*regexp.Regexp{
 	regexp.MustCompile(`"(ContainerStatus from runtime service failed|Failed to get container status)" err="rpc error: code = NotFound `),
 	regexp.MustCompile(`"(ReopenContainerLog from runtime service failed|Container log doesn't exist, reopen container log failed)" err="rpc error: code = (NotFound|FailedPrecondition) `),
 	regexp.MustCompile(`(Failed|failed) to remove .*failed to get container status .* code = NotFound desc = container`),
+	// Who reads a log and does not follow it may meet its last line half-written: a write
+	// to a file is not one step for its readers.
+	regexp.MustCompile(`"Failed when parsing line in log file" err="(stream type|log tag|timestamp) is not found"`),
 	// Every kubelet of a machine tidies one and the same directory of links.
 	regexp.MustCompile(`"Failed to remove container log dead symlink" err="remove .* no such file or directory"`),
 	regexp.MustCompile(`"Could not read directory" err="readdirent .* no such file or directory"|"Pod found, but error occurred during checking mounted volumes from disk"`),
