@@ -242,6 +242,11 @@ func TestPauseWithMore(t *testing.T) {
 		"capabilities": func(_ *machine, r *monitor.StartRequest) {
 			r.Spec.Process.Capabilities.Bounding = []string{"CAP_KILL"}
 		},
+		"many groups": func(_ *machine, r *monitor.StartRequest) {
+			for gid := range uint32(65) {
+				r.Spec.Process.User.AdditionalGids = append(r.Spec.Process.User.AdditionalGids, gid+1)
+			}
+		},
 		"directory": func(_ *machine, r *monitor.StartRequest) { r.Spec.Process.Cwd = "/dev" },
 		"log": func(m *machine, r *monitor.StartRequest) {
 			r.Discard, r.LogRoot, r.LogPath = false, m.logs, "0.log"

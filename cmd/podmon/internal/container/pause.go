@@ -36,7 +36,7 @@ func isPause(r wire.StartRequest) bool {
 	}
 	rest, process, linux, root := *r.Spec, *r.Spec.Process, *r.Spec.Linux, *r.Spec.Root
 	if len(process.Args) != 1 || len(process.Env) != 1 || process.Cwd != "/" || !process.NoNewPrivileges || !root.Readonly ||
-		!reflect.DeepEqual(process.Capabilities, &specs.LinuxCapabilities{}) {
+		len(process.User.AdditionalGids) > stage.PauseGroups || !reflect.DeepEqual(process.Capabilities, &specs.LinuxCapabilities{}) {
 		return false
 	}
 	for _, ns := range linux.Namespaces {

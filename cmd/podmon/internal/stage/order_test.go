@@ -30,10 +30,10 @@ func TestMain(m *testing.M) {
 func cgroupsOf(t *testing.T) (paths map[string]string, name string) {
 	t.Helper()
 	if os.Geteuid() != 0 {
-		t.Skip("needs root")
+		t.Skip("SKIPPED: needs root")
 	}
 	if _, err := os.Stat("/sys/fs/cgroup/pids/tasks"); err != nil {
-		t.Skip("needs cgroup v1")
+		t.Skip("SKIPPED: needs cgroup v1")
 	}
 	paths, name = map[string]string{}, fmt.Sprintf("podmon-join-%d", os.Getpid())
 	for _, subsystem := range []string{"cpu", "devices", "freezer", "memory", "pids", ""} {

@@ -31,15 +31,12 @@ type Pause struct {
 	Filter bool
 }
 
-// pauseGroups is the most that pause.c takes.
-const pauseGroups = 64
+// PauseGroups is the most supplemental groups that pause.c takes.
+const PauseGroups = 64
 
 // Start starts it. It waits, set up but for its cgroups and privileges, for the order, and
 // Started tells when it has obeyed. With a cgroup it is born there (CLONE_INTO_CGROUP).
 func (p Pause) Start(o *Order, cgroup *os.File) (*os.Process, error) {
-	if len(p.Groups) > pauseGroups {
-		return nil, fmt.Errorf("start pause: more than %d supplemental groups", pauseGroups)
-	}
 	filter := ""
 	if p.Filter {
 		filter = "filter"

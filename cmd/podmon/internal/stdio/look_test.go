@@ -200,7 +200,7 @@ func absentPage(t *testing.T) (page uintptr, comes func()) {
 	)
 	fd, _, errno := unix.Syscall(unix.SYS_USERFAULTFD, unix.O_CLOEXEC, 0, 0)
 	if errno != 0 {
-		t.Skipf("this kernel has no userfaultfd for us: %v", errno)
+		t.Skipf("SKIPPED: this kernel has no userfaultfd for us: %v", errno)
 	}
 	mem, err := unix.Mmap(-1, 0, os.Getpagesize(), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
 	if err != nil {
