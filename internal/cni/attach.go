@@ -51,6 +51,9 @@ func (n *Network) Add(ctx context.Context, pod Pod) (_ Result, err error) {
 		return Result{}, err
 	}
 	a := &attachment{Pod: pod, list: l.list}
+	if !n.cfg.IdlePlugins {
+		a.list = withoutIdle(l.list, pod.capabilities())
+	}
 	n.setLive(pod.ID, true)
 	var undo rollback.Stack
 	defer func() { err = undo.Settle(ctx, err) }()

@@ -68,6 +68,8 @@ type Config struct {
 	CacheDir string
 	// PluginTimeout bounds each run of a plugin (default 30 s).
 	PluginTimeout time.Duration
+	// IdlePlugins has plugins started that have nothing to do for a pod (idle.go).
+	IdlePlugins bool
 	// Network is the name of the pods' network; empty is the first file's.
 	Network string
 	Log     *logrus.Entry

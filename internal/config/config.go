@@ -89,6 +89,7 @@ type Network struct {
 	BinDirs       []string `toml:"bin_dirs"`
 	NetnsDir      string   `toml:"netns_dir"`
 	PluginTimeout Duration `toml:"plugin_timeout"`
+	IdlePlugins   bool     `toml:"idle_plugins"`
 }
 
 // Image is the table [image].

@@ -32,6 +32,7 @@ func ConfigOf(cfg *config.Config) Config {
 			BinDirs:       cfg.Network.BinDirs,
 			CacheDir:      filepath.Join(cfg.Root, "cni"),
 			PluginTimeout: cfg.Network.PluginTimeout.Std(),
+			IdlePlugins:   cfg.Network.IdlePlugins,
 		},
 	}
 }
