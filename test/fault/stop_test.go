@@ -3,6 +3,7 @@ package fault
 import (
 	"context"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -89,6 +90,9 @@ func TestStopOfWhatCannotEnd(t *testing.T) {
 			b, err := os.ReadFile(freezer)
 			return err == nil && strings.TrimSpace(string(b)) == state
 		})
+		if t.Failed() {
+			t.Fatalf("what is there:\n%s", frozen(filepath.Dir(freezer)))
+		}
 	}
 	set("FROZEN")
 	thaw := func() { set("THAWED") }
@@ -146,4 +150,29 @@ func TestStopOfWhatCannotEnd(t *testing.T) {
 	counted(t, other.LogPath(), "stdout")
 	figures(t, "meanwhile: exec in another pod %v (median %v); another pod up, ended and removed in %v (median %v)",
 		worst(execs), median(execs), worst(pods), median(pods))
+}
+
+// frozen is what the kernel says of the v1 freezer cgroups below a directory and of the
+// threads in them.
+func frozen(dir string) string {
+	var b strings.Builder
+	read := func(name string) string {
+		content, err := os.ReadFile(name)
+		if err != nil {
+			return err.Error()
+		}
+		return strings.TrimSpace(string(content))
+	}
+	_ = filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || !d.IsDir() {
+			return err
+		}
+		fmt.Fprintf(&b, "%s: %s, itself %s, by its parent %s\n", path, read(path+"/freezer.state"),
+			read(path+"/freezer.self_freezing"), read(path+"/freezer.parent_freezing"))
+		for _, tid := range strings.Fields(read(path + "/tasks")) {
+			fmt.Fprintf(&b, "  %s\n  wchan %s\n  %s\n", read("/proc/"+tid+"/stat"), read("/proc/"+tid+"/wchan"), read("/proc/"+tid+"/stack"))
+		}
+		return nil
+	})
+	return b.String()
 }
