@@ -74,7 +74,10 @@ func TestStopOfWhatCannotEnd(t *testing.T) {
 	n := start(t, harness.Options{})
 	other := n.RunPod().Shell(counter(""))
 	stuck := n.RunPod(func(c *cri.PodSandboxConfig) { c.Linux.CgroupParent = n.PodCgroup("stuck") })
-	c := stuck.Shell("sleep 100000")
+	c := stuck.Shell("echo it runs; sleep 100000")
+	// Before that PID 1 is about to execute it, in a process of several threads: a kernel
+	// that freezes one of them waits for ever in de_thread (fs/exec.c) for its end.
+	c.WaitLog("it runs")
 	dir, err := c.Process().CgroupDir("freezer")
 	if err != nil {
 		t.Fatal(err)
