@@ -271,7 +271,7 @@ func (m *machine) spec(id string, args ...string) *specs.Spec {
 func process(args ...string) *specs.Process {
 	caps := []string{"CAP_KILL", "CAP_CHOWN", "CAP_SETUID", "CAP_SETGID"}
 	return &specs.Process{
-		Args: args, Cwd: "/", Env: []string{"PATH=/bin", "TERM=xterm"},
+		Args: args, Cwd: "/", Env: []string{"PATH=/bin", "TERM=xterm", "HOME=/"},
 		Capabilities: &specs.LinuxCapabilities{Bounding: caps, Effective: caps, Permitted: caps},
 	}
 }

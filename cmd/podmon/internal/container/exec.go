@@ -19,7 +19,7 @@ type Exec struct {
 	// Console is the master of its terminal, for the daemon; nil without one.
 	Console *os.File
 
-	process *libcontainer.Process
+	process initProcess
 	pidfd   *os.File
 	done    chan struct{}
 	exit    wire.Exit // once done is closed
@@ -34,22 +34,23 @@ func (c *Container) Exec(ctx context.Context, r wire.ExecRequest) (_ *Exec, err 
 	if err := c.awaitProgram(ctx); err != nil {
 		return nil, fmt.Errorf("exec: %w", err)
 	}
-	process, err := newProcess(r.Process)
+	lp, err := newProcess(r.Process)
 	if err != nil {
 		return nil, err
 	}
 	var socket *consoleSocket
 	if r.Process.Terminal {
-		if socket, err = newConsoleSocket(process); err != nil {
+		if socket, err = newConsoleSocket(lp); err != nil {
 			return nil, err
 		}
 		defer socket.close()
 	} else {
-		giveStdio(process, r)
+		giveStdio(lp, r)
 	}
 	end := c.m.reaper.begin()
 	defer end()
-	if err := c.runExec(process); err != nil {
+	process, err := c.runExec(lp, r)
+	if err != nil {
 		return nil, err
 	}
 	c.m.execs.Add(1)
@@ -84,25 +85,32 @@ func (c *Container) Exec(ctx context.Context, r wire.ExecRequest) (_ *Exec, err 
 	return e, nil
 }
 
-// runExec starts the process.
-func (c *Container) runExec(process *libcontainer.Process) error {
+// runExec starts the process: by itself what is plain, else by libcontainer.
+func (c *Container) runExec(lp *libcontainer.Process, r wire.ExecRequest) (initProcess, error) {
 	c.life.RLock()
 	defer c.life.RUnlock()
 	if c.lc == nil || c.ended() {
-		return wire.Errorf(wire.ClassPrecondition, "exec: container %s has exited", c.ID)
+		return nil, wire.Errorf(wire.ClassPrecondition, "exec: container %s has exited", c.ID)
 	}
-	if err := c.startExec(process); err != nil {
+	var process initProcess = lp
+	var err error
+	if plain := c.plainExec(lp, r); plain != nil {
+		process, err = c.startPlain(plain)
+	} else {
+		err = c.startExec(lp)
+	}
+	if err != nil {
 		err, known := classify("exec", err)
 		if !known {
 			c.m.reaper.look()
 		}
 		// The kernel kills the new process before PID 1 has ended, as podmon may.
 		if c.killed.Load() || c.rec.Process.Ending() {
-			return wire.Errorf(wire.ClassPrecondition, "exec: container %s has exited: %w", c.ID, err)
+			return nil, wire.Errorf(wire.ClassPrecondition, "exec: container %s has exited: %w", c.ID, err)
 		}
-		return err
+		return nil, err
 	}
-	return c.confined(process)
+	return process, c.confined(process)
 }
 
 // ended tells whether PID 1 is dead, reaped or not.
@@ -114,7 +122,7 @@ func (c *Container) ended() bool {
 
 // confined makes sure that a process was not started on the host, and kills it
 // otherwise. Every container has a mount namespace of its own.
-func (c *Container) confined(process *libcontainer.Process) error {
+func (c *Container) confined(process initProcess) error {
 	pid, err := process.Pid()
 	if err != nil {
 		return err

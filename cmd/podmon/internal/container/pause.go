@@ -80,7 +80,9 @@ func (c *Container) startPause(spec *specs.Spec, config *configs.Config) error {
 		err = c.commandPause(process, order, config.Cgroups)
 	}
 	if err == nil {
-		err = order.Started()
+		if _, err = order.Started(); err != nil {
+			err = fmt.Errorf("start pause: %w", err)
+		}
 	}
 	if err != nil {
 		if process != (child{}) {

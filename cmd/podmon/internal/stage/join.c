@@ -1,10 +1,11 @@
 // Joining cgroups in "podmon init", before libcontainer's C code, which is before Go: one
 // thread, still in the host's namespaces.
 #define _GNU_SOURCE
+#include <ctype.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/sched.h>
-#include <signal.h>
+#include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -19,21 +20,39 @@
 #define CLONE_INTO_CGROUP 0x200000000ULL
 #endif
 
+const char *reason(void)
+{
+	static char text[128]; // Go's words differ in the first letter
+	snprintf(text, sizeof(text), "%s", strerror(errno));
+	*text = tolower(*text);
+	return text;
+}
+
 // libcontainer reads the log pipe and makes its lines the error of the start. Where it has
 // no part in that, podmon is told over the socket.
-void fail(const char *attempt, const char *path)
+void fail(const char *attempt, const char *what)
 {
-	char line[8192];
 	const char *pipe = getenv("_LIBCONTAINER_LOGPIPE");
-	if (!pipe) {
-		int n = snprintf(line, sizeof(line), "%s %.6000s: %s", attempt, path, strerror(errno));
-		_exit(send(ORDER, line, n, MSG_NOSIGNAL) < 0 ? 2 : 1);
-	}
+	if (!pipe)
+		refuse("%s %.6000s: %s", attempt, what, reason());
+	char line[8192];
 	int n = snprintf(line, sizeof(line), "{\"level\":\"error\",\"msg\":\"%s ", attempt);
-	for (; *path && n < 6000; path++)
-		line[n++] = (*path == '"' || *path == '\\' || (unsigned char)*path < ' ') ? '?' : *path;
-	n += snprintf(line + n, sizeof(line) - n, ": %s\"}\n", strerror(errno));
+	for (; *what && n < 6000; what++)
+		line[n++] = (*what == '"' || *what == '\\' || (unsigned char)*what < ' ') ? '?' : *what;
+	n += snprintf(line + n, sizeof(line) - n, ": %s\"}\n", reason());
 	_exit(write(atoi(pipe), line, n) < 0 ? 2 : 1);
+}
+
+void refuse(const char *format, ...)
+{
+	char line[8000];
+	va_list args;
+	va_start(args, format);
+	int n = vsnprintf(line, sizeof(line), format, args);
+	va_end(args);
+	if (n >= (int)sizeof(line))
+		n = sizeof(line) - 1;
+	_exit(send(ORDER, line, n, MSG_NOSIGNAL) < 0 ? 2 : 1);
 }
 
 int put(const char *path, const char *value)
@@ -55,33 +74,51 @@ static void tell(int32_t pid)
 		fail("tell of the move to", "cgroups");
 }
 
-// enter goes on as a child that is born in the cgroup v2 directory. The parent is podmon,
-// whom libcontainer's processes must be children of. True when told.
-static int enter(const char *dir)
+// spawn makes a child, in the cgroup of the descriptor, if there is one. Its
+// parent is podmon, whom libcontainer's processes, too, must be children of.
+static long spawn(int cgroup)
 {
-	struct clone_args args = {.flags = CLONE_INTO_CGROUP | CLONE_PARENT};
-	int fd = open(dir, O_PATH | O_DIRECTORY | O_CLOEXEC);
-	if (fd < 0)
-		return -1;
-	args.cgroup = fd;
-	long pid = syscall(SYS_clone3, &args, sizeof(args));
+	struct clone_args args = {.flags = CLONE_PARENT};
+	if (cgroup < 0)
+		return syscall(SYS_clone, CLONE_PARENT, 0, 0, 0, 0);
+	args.flags |= CLONE_INTO_CGROUP;
+	args.cgroup = cgroup;
+	return syscall(SYS_clone3, &args, sizeof(args));
+}
+
+void bear(const char *entry)
+{
+	int cgroup = -1;
+	long pid = -1;
+
+	if (entry) {
+		cgroup = open(entry + 1, O_PATH | O_DIRECTORY | O_CLOEXEC);
+		if (cgroup >= 0)
+			pid = spawn(cgroup);
+		if (pid < 0) {
+			// The cgroup takes no new process, or there is a seccomp profile around podmon.
+			char procs[4096];
+			snprintf(procs, sizeof(procs), "%s/cgroup.procs", entry + 1);
+			if (put(procs, "0") < 0 && *entry == 'u')
+				fail("join", entry + 1);
+		}
+	}
+	if (pid < 0)
+		pid = spawn(-1);
+	if (pid < 0)
+		fail("fork in", entry ? entry + 1 : "podmon's cgroup");
 	if (pid > 0) {
 		tell(pid);
 		_exit(0);
 	}
-	close(fd);
-	if (pid == 0)
-		return 1;
-	// A kernel before 5.7, or a seccomp profile around podmon: the slow way.
-	char path[4096];
-	snprintf(path, sizeof(path), "%s/cgroup.procs", dir);
-	return put(path, "0");
+	if (cgroup >= 0)
+		close(cgroup);
 }
 
-bool join_cgroups(void)
+const char *join_cgroups(void)
 {
 	static char order[64 << 10];
-	bool told = false;
+	const char *birth = NULL;
 
 	// It keeps its number taken, and is closed by the container's program.
 	if (fcntl(ORDER, F_SETFD, FD_CLOEXEC) < 0)
@@ -95,10 +132,10 @@ bool join_cgroups(void)
 		fail("receive", "the order of cgroups");
 	}
 	for (char *entry = order + 1; entry < order + n; entry += strlen(entry) + 1) {
-		int rc = *entry == 'U' ? enter(entry + 1) : put(entry + 1, "0");
-		if (rc < 0 && *entry == 't')
+		if (*entry == 'U' || *entry == 'u')
+			birth = entry;
+		else if (put(entry + 1, "0") < 0 && *entry == 't')
 			fail("join", entry + 1);
-		told |= rc > 0;
 	}
 	if (order[0] == 'r') {
 		// All CPUs that the cpuset allows: podmon's own affinity is not the container's.
@@ -107,7 +144,7 @@ bool join_cgroups(void)
 		if (syscall(SYS_sched_setaffinity, 0, sizeof(all), all) < 0)
 			fail("take", "the CPUs of the cpuset");
 	}
-	return told;
+	return birth;
 }
 
 bool has_order(void)
@@ -127,6 +164,9 @@ void __attribute__((constructor(101))) podmon_join(void)
 	// number: its console or init socket comes before it, and both are streams.
 	if (!has_order())
 		return; // libcontainer moves the process
-	if (!join_cgroups())
+	const char *birth = join_cgroups();
+	if (birth)
+		bear(birth);
+	else
 		tell(-1);
 }

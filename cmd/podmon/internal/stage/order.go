@@ -35,11 +35,15 @@ import (
 //
 //	1 byte   'r': it may use all CPUs of its cpuset, whatever podmon may
 //	then     a letter and a path, each ended by a zero byte: 't' for the "tasks" file of a
-//	         v1 cgroup, 'T' for one that it joins where it can, 'U' for the directory of a
-//	         v2 one, the same
+//	         v1 cgroup, 'T' for one that it joins where it can, 'u' and 'U' for the
+//	         directory of a v2 one, the same
 //
-// and its answer, once it has joined, the PID of the process that goes on, 4 bytes; -1 when
-// that is the one libcontainer has made.
+// What comes from it is told by its length:
+//
+//	4 bytes  it has joined, and goes on as the process with this PID; as the one that
+//	         podmon or libcontainer has started for -1
+//	1 byte   it is about to execute the program
+//	more     why it ends
 type Order struct{ ours, theirs *os.File }
 
 // limit is the size of join.c's buffer.
@@ -49,6 +53,12 @@ const limit = 64 << 10
 func NewOrder() (*Order, error) {
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
+		return nil, fmt.Errorf("socket for the order of cgroups: %w", err)
+	}
+	// A process that has been killed early may have made another one that podmon must know.
+	if err := unix.SetsockoptInt(fds[0], unix.SOL_SOCKET, unix.SO_PASSCRED, 1); err != nil {
+		unix.Close(fds[0])
+		unix.Close(fds[1])
 		return nil, fmt.Errorf("socket for the order of cgroups: %w", err)
 	}
 	return &Order{os.NewFile(uintptr(fds[0]), "order"), os.NewFile(uintptr(fds[1]), "order")}, nil
@@ -76,6 +86,8 @@ func encode(paths map[string]string, resetAffinity bool) []byte {
 	var entries []string
 	for subsystem, dir := range paths {
 		switch {
+		case subsystem == "" && len(paths) == 1:
+			entries = append(entries, "u"+dir)
 		case subsystem == "":
 			entries = append(entries, "U"+dir)
 		case subsystem == "misc" || strings.HasPrefix(subsystem, "name="):
@@ -123,4 +135,72 @@ func (o *Order) Settle(failed bool) (moved bool) {
 			return true
 		}
 	}
+}
+
+// Started returns when the process has executed its program, or with what kept it from that.
+// The PID is that of the process that has spoken last, 0 when none has.
+func (o *Order) Started() (pid int, err error) {
+	for told := false; ; {
+		text, sender, err := o.read(0)
+		switch {
+		case err == unix.ECONNRESET:
+			// It has ended without having read its order. What it said comes next.
+			continue
+		case err != nil:
+			return pid, err
+		case len(text) == 0 && told:
+			return pid, nil
+		case len(text) == 0:
+			return pid, errors.New("it has ended before its time")
+		}
+		pid = sender
+		switch len(text) {
+		case 1:
+			told = true
+		case 4: // from the process that is no longer needed
+			if pid = int(int32(binary.NativeEndian.Uint32(text))); pid < 0 {
+				pid = sender
+			}
+		default:
+			return pid, errors.New(string(text))
+		}
+	}
+}
+
+// Said is what the process has said so far to why it does not start; nil is nothing.
+func (o *Order) Said() error {
+	text, _, err := o.read(unix.MSG_DONTWAIT)
+	if err == unix.ECONNRESET {
+		text, _, err = o.read(unix.MSG_DONTWAIT)
+	}
+	if err != nil || len(text) < 5 {
+		return nil
+	}
+	return errors.New(string(text))
+}
+
+// read receives a message, and who sent it; an empty one is the end of all of them.
+func (o *Order) read(flags int) (text []byte, sender int, err error) {
+	text, control := make([]byte, 8<<10), make([]byte, unix.CmsgSpace(unix.SizeofUcred))
+	for {
+		n, nc, _, _, err := unix.Recvmsg(int(o.ours.Fd()), text, control, flags)
+		if err == unix.EINTR {
+			continue
+		}
+		if err != nil {
+			return nil, 0, err
+		}
+		if parts, err := unix.ParseSocketControlMessage(control[:nc]); err == nil && len(parts) == 1 {
+			if who, err := unix.ParseUnixCredentials(&parts[0]); err == nil {
+				sender = int(who.Pid)
+			}
+		}
+		return text[:n], sender, nil
+	}
+}
+
+// Close ends a process that waits for the order.
+func (o *Order) Close() {
+	o.ours.Close()
+	o.theirs.Close()
 }

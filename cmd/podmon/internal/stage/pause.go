@@ -1,9 +1,7 @@
 package stage
 
 import (
-	"errors"
 	"fmt"
-	"io"
 	"os"
 	"os/exec"
 	"strconv"
@@ -60,46 +58,4 @@ func (p Pause) Start(o *Order, cgroup *os.File) (*os.Process, error) {
 	}
 	o.theirs.Close() // so that its end is seen
 	return cmd.Process, nil
-}
-
-// Started returns when the process that Start made has executed the program, or ended in
-// the attempt, or with what kept it from that.
-func (o *Order) Started() error {
-	var text [8 << 10]byte
-	told := false
-	for {
-		switch n, err := o.ours.Read(text[:]); {
-		case errors.Is(err, unix.ECONNRESET):
-			// It has ended without having read its order. What it said comes next.
-		case errors.Is(err, io.EOF) && told:
-			return nil
-		case errors.Is(err, io.EOF):
-			return errors.New("start pause: it has ended before its time")
-		case err != nil:
-			return fmt.Errorf("start pause: %w", err)
-		case n == 1:
-			told = true
-		default:
-			return fmt.Errorf("start pause: %s", text[:n])
-		}
-	}
-}
-
-// Said is what the process has said so far to why it does not start; nil is nothing.
-func (o *Order) Said() error {
-	var text [8 << 10]byte
-	n, _, err := unix.Recvfrom(int(o.ours.Fd()), text[:], unix.MSG_DONTWAIT)
-	if err == unix.ECONNRESET {
-		n, _, err = unix.Recvfrom(int(o.ours.Fd()), text[:], unix.MSG_DONTWAIT)
-	}
-	if err != nil || n < 2 {
-		return nil
-	}
-	return fmt.Errorf("start pause: %s", text[:n])
-}
-
-// Close ends a process that waits for the order.
-func (o *Order) Close() {
-	o.ours.Close()
-	o.theirs.Close()
 }

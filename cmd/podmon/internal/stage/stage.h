@@ -6,11 +6,22 @@
 // fail says what was attempted, on what, and why it went wrong (errno), and ends the process.
 void fail(const char *attempt, const char *what) __attribute__((noreturn));
 
+// reason is errno in the words of Go.
+const char *reason(void);
+
+// refuse says why, to podmon alone, and ends the process.
+void refuse(const char *format, ...) __attribute__((noreturn, format(printf, 1, 2)));
+
 // put writes to a file that exists; -1 with errno when it cannot.
 int put(const char *path, const char *value);
 
 // has_order tells whether there is an order to wait for.
 bool has_order(void);
 
-// join_cgroups waits for the order and obeys it. True when podmon has been told of a new PID.
-bool join_cgroups(void);
+// join_cgroups waits for the order and obeys it, but for the cgroup v2 that a process is to
+// be born in, which is returned, for bear; NULL when there is none.
+const char *join_cgroups(void);
+
+// bear goes on as another child of podmon's, who is told of its PID: born in the cgroup v2
+// that join_cgroups has returned, or in that of its maker.
+void bear(const char *cgroup);

@@ -1,0 +1,168 @@
+package container
+
+import (
+	"fmt"
+	"maps"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+
+	"github.com/moby/sys/capability"
+	"github.com/opencontainers/cgroups"
+	"github.com/opencontainers/runc/libcontainer"
+	"github.com/opencontainers/runc/libcontainer/configs"
+	"golang.org/x/sys/unix"
+
+	"github.com/podshim/podshim/cmd/podmon/internal/stage"
+	"github.com/podshim/podshim/internal/monitor/wire"
+)
+
+// namespaceFlags are the namespaces that startPlain joins.
+var namespaceFlags = map[configs.NamespaceType]uintptr{
+	configs.NEWNS: unix.CLONE_NEWNS, configs.NEWPID: unix.CLONE_NEWPID, configs.NEWNET: unix.CLONE_NEWNET,
+	configs.NEWIPC: unix.CLONE_NEWIPC, configs.NEWUTS: unix.CLONE_NEWUTS, configs.NEWCGROUP: unix.CLONE_NEWCGROUP,
+}
+
+// plainExec describes the process for startPlain, as libcontainer would make it from the
+// same; nil when something is asked for that only libcontainer does. What is not valid is
+// left to it, too, to refuse.
+func (c *Container) plainExec(p *libcontainer.Process, r wire.ExecRequest) *stage.Exec {
+	config := c.lc.Config()
+	if !c.joins() && !cgroups.IsCgroup2UnifiedMode() || p.ConsoleSocket != nil || p.Cwd == "" ||
+		p.Scheduler != nil || config.Scheduler != nil || p.IOPriority != nil || config.IOPriority != nil ||
+		p.CPUAffinity != nil || config.ExecCPUAffinity != nil || config.Personality != nil || config.MemoryPolicy != nil ||
+		config.IntelRdt != nil || config.Umask != nil || config.RootlessEUID || config.Seccomp != nil {
+		return nil
+	}
+	e := &stage.Exec{
+		Stdin: r.Stdin, Stdout: r.Stdout, Stderr: r.Stderr,
+		Args: p.Args, Env: environment(p.Env), Cwd: p.Cwd,
+		UID: uint32(p.UID), GID: uint32(p.GID),
+		OOMScoreAdj: *config.OomScoreAdj, NoNewPrivs: *p.NoNewPrivileges,
+		AppArmor: firstOf(p.AppArmorProfile, config.AppArmorProfile), SELinux: firstOf(p.Label, config.ProcessLabel),
+	}
+	for _, gid := range p.AdditionalGroups {
+		e.Groups = append(e.Groups, uint32(gid))
+	}
+	limits := p.Rlimits
+	if len(limits) == 0 {
+		limits = config.Rlimits
+	}
+	for _, l := range limits {
+		e.Rlimits = append(e.Rlimits, stage.Rlimit{Resource: uint64(l.Type), Soft: l.Soft, Hard: l.Hard})
+	}
+	caps := p.Capabilities
+	if caps == nil {
+		caps = config.Capabilities
+	}
+	if caps == nil {
+		return nil
+	}
+	e.Bounding, e.Effective, e.Permitted = capabilityBits(caps.Bounding), capabilityBits(caps.Effective), capabilityBits(caps.Permitted)
+	e.Inheritable, e.Ambient = capabilityBits(caps.Inheritable), capabilityBits(caps.Ambient)
+	if !config.NoNewKeyring {
+		e.Keyring = "_ses." + c.ID
+	}
+	for _, ns := range config.Namespaces {
+		flag, known := namespaceFlags[ns.Type]
+		if !known {
+			return nil
+		}
+		e.Namespaces |= flag
+	}
+	if e.Env == nil || e.Namespaces&unix.CLONE_NEWNS == 0 {
+		return nil
+	}
+	return e
+}
+
+// environment leaves the last of each variable; nil when there is something that
+// libcontainer refuses or adds to.
+func environment(list []string) []string {
+	last := make(map[string]int, len(list))
+	for i, kv := range list {
+		name, _, ok := strings.Cut(kv, "=")
+		if !ok || name == "" || strings.IndexByte(kv, 0) >= 0 {
+			return nil
+		}
+		last[name] = i
+	}
+	if i, ok := last["HOME"]; !ok || list[i] == "HOME=" {
+		return nil
+	}
+	at := slices.Sorted(maps.Values(last))
+	env := make([]string, len(at))
+	for i, n := range at {
+		env[i] = list[n]
+	}
+	return env
+}
+
+// capabilityNumbers are those the kernel has, by their names.
+var capabilityNumbers = sync.OnceValue(func() map[string]uint {
+	numbers := map[string]uint{}
+	list, err := capability.ListSupported()
+	if err != nil {
+		list = capability.ListKnown()
+	}
+	for _, c := range list {
+		numbers["CAP_"+strings.ToUpper(c.String())] = uint(c)
+	}
+	return numbers
+})
+
+// capabilityBits leaves out what the kernel does not know, as libcontainer does.
+func capabilityBits(names []string) (bits uint64) {
+	for _, name := range names {
+		if n, ok := capabilityNumbers()[name]; ok {
+			bits |= 1 << n
+		}
+	}
+	return bits
+}
+
+func firstOf(a, b string) string {
+	if a != "" {
+		return a
+	}
+	return b
+}
+
+// startPlain starts a process of the container without libcontainer: most execs are
+// kubelet's probes, which each would wait for a start of Go and for all of the container's
+// configuration to be read (stage.Exec).
+func (c *Container) startPlain(e *stage.Exec) (initProcess, error) {
+	order, err := stage.NewOrder()
+	if err != nil {
+		return nil, err
+	}
+	defer order.Close()
+	if e.Init, err = openPidfd(c.rec.Process); err != nil {
+		return nil, err
+	}
+	defer e.Init.Close()
+	first, err := e.Start(order, c.rec.CgroupPaths)
+	if err != nil {
+		return nil, err
+	}
+	pid, err := order.Started()
+	if err != nil {
+		_ = first.Kill()
+		err = fmt.Errorf("unable to start container process: %w", err) // as libcontainer says it
+	}
+	_, _ = first.Wait()
+	if pid == 0 || pid == first.Pid {
+		return nil, err // there is one: nobody else can have said that all is well
+	}
+	process, ferr := os.FindProcess(pid)
+	if ferr != nil {
+		return nil, fmt.Errorf("find the new process: %w", ferr)
+	}
+	if err != nil {
+		_ = process.Kill()
+		_, _ = process.Wait()
+		return nil, err
+	}
+	return child{process}, nil
+}

@@ -1,0 +1,302 @@
+// "podmon exec": makes a process one of a running container's and executes its program. It
+// does what libcontainer's setns init does, in the same order, for requests that ask for
+// nothing else (exec.go); libcontainer starts Go for it, and reads all of the container's
+// configuration. One thread, which ends here.
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <grp.h>
+#include <linux/capability.h>
+#include <linux/filter.h>
+#include <linux/keyctl.h>
+#include <linux/seccomp.h>
+#include <sched.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/sysmacros.h>
+#include <unistd.h>
+
+#include "stage.h"
+
+// The pidfd of the container's PID 1.
+#define INIT 4
+
+// The largest request, far above what the kernel takes for arguments and environment.
+#define LARGEST (16 << 20)
+
+// What a request begins with. Rlimits, instructions, groups and strings follow, in this
+// order; see encode in exec.go.
+struct request {
+	uint32_t size; // of all of it
+	uint32_t namespaces;
+	uint32_t uid, gid;
+	int32_t oom_score;
+	uint32_t no_new_privs;
+	uint32_t filter_flags;
+	uint32_t rlimits, instructions, groups, args, env; // how many
+	uint64_t bounding, effective, permitted, inheritable, ambient;
+};
+
+struct rlimit_of {
+	uint64_t resource, soft, hard;
+};
+
+// The strings that every request has, before those of the arguments.
+struct strings {
+	const char *cwd, *keyring, *apparmor, *selinux;
+};
+
+// receive returns the request, which podmon sends in pieces.
+static struct request *receive(void)
+{
+	struct request *r = NULL;
+	size_t size = sizeof(*r), got = 0;
+
+	for (r = malloc(LARGEST); r && got < size; size = r->size) {
+		ssize_t n = recv(ORDER, (char *)r + got, LARGEST - got, 0);
+		if (n < 0 && errno == EINTR)
+			continue;
+		if (n <= 0) {
+			errno = n < 0 ? errno : ECANCELED;
+			fail("receive", "the request");
+		}
+		got += n;
+		if (got < sizeof(*r) || r->size > LARGEST)
+			refuse("receive the request: %zu bytes of %u", got, r->size);
+	}
+	if (!r || got != size)
+		refuse("receive the request: %zu bytes of %zu", got, size);
+	return r;
+}
+
+// next returns a string, and moves on to the next one.
+static const char *next(const char **at)
+{
+	const char *it = *at;
+	*at += strlen(it) + 1;
+	return it;
+}
+
+// vector makes count strings an array that ends with NULL.
+static char **vector(const char **at, uint32_t count)
+{
+	char **list = calloc(count + 1, sizeof(*list));
+	if (!list)
+		fail("hold", "the arguments");
+	for (uint32_t i = 0; i < count; i++)
+		list[i] = (char *)next(at);
+	return list;
+}
+
+static void set_attribute(int proc, const char *name, const char *format, const char *label)
+{
+	char value[4096];
+	int fd = openat(proc, name, O_WRONLY | O_CLOEXEC);
+	int n = snprintf(value, sizeof(value), format, label);
+	if (n >= (int)sizeof(value))
+		refuse("set %s: the label is too long", name);
+	if (fd < 0 || write(fd, value, n) != n)
+		fail("set", name);
+	close(fd);
+}
+
+// label has the program run under the profile and the label: the kernel keeps them until
+// the execution. proc is the host's, not one that the container has mounted.
+static void label(int proc, const struct strings *s)
+{
+	if (*s->selinux) {
+		set_attribute(proc, "self/attr/keycreate", "%s", s->selinux);
+		set_attribute(proc, "self/attr/exec", "%s", s->selinux);
+	}
+	if (*s->apparmor) {
+		bool own = faccessat(proc, "self/attr/apparmor/exec", F_OK, 0) == 0; // since Linux 5.8
+		set_attribute(proc, own ? "self/attr/apparmor/exec" : "self/attr/exec", "exec %s", s->apparmor);
+	}
+}
+
+// own_stdio gives the user what is not /dev/null of its standard input and output.
+static void own_stdio(uid_t uid)
+{
+	for (int fd = 0; fd < 3; fd++) {
+		struct stat st;
+		if (fstat(fd, &st) < 0)
+			fail("look at", "standard input and output");
+		if (st.st_uid == uid || (S_ISCHR(st.st_mode) && st.st_rdev == makedev(1, 3)))
+			continue;
+		if (fchown(fd, uid, -1) < 0 && errno != EPERM && errno != EROFS)
+			fail("own", "standard input and output");
+	}
+}
+
+static void install(const struct request *r, const struct sock_filter *code)
+{
+	struct sock_fprog program = {.len = r->instructions, .filter = (struct sock_filter *)code};
+	if (r->instructions && syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, r->filter_flags, &program) < 0)
+		fail("set", "the seccomp filter");
+}
+
+static void set_capabilities(const struct request *r)
+{
+	struct __user_cap_header_struct header = {.version = _LINUX_CAPABILITY_VERSION_3};
+	struct __user_cap_data_struct data[_LINUX_CAPABILITY_U32S_3];
+	for (int i = 0; i < _LINUX_CAPABILITY_U32S_3; i++)
+		data[i] = (struct __user_cap_data_struct){
+			.effective = r->effective >> 32 * i,
+			.permitted = r->permitted >> 32 * i,
+			.inheritable = r->inheritable >> 32 * i,
+		};
+	if (syscall(SYS_capset, &header, data) < 0)
+		fail("set", "capabilities");
+	if (prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0) < 0)
+		fail("clear", "ambient capabilities");
+	for (int cap = 0; cap < 64; cap++)
+		if (r->ambient >> cap & 1) // one that cannot be raised is left out, as by libcontainer
+			prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, cap, 0, 0);
+}
+
+// become takes the user, groups, capabilities and working directory.
+static void become(const struct request *r, const gid_t *groups, const char *cwd)
+{
+	// Before the user is another, who may see less. Or more, of what root may not (NFS).
+	bool there = chdir(cwd) == 0;
+	if (!there && errno != EACCES && errno != EPERM)
+		fail("change to the working directory", cwd);
+	// The kernel says EINVAL for the first number that is no capability.
+	for (int cap = 0; prctl(PR_CAPBSET_READ, cap, 0, 0, 0) >= 0; cap++)
+		if (!(r->bounding >> cap & 1) && prctl(PR_CAPBSET_DROP, cap, 0, 0, 0) < 0)
+			fail("drop capabilities from", "the bounding set");
+	if (errno != EINVAL)
+		fail("read", "the bounding set");
+	if (prctl(PR_SET_KEEPCAPS, 1, 0, 0, 0) < 0)
+		fail("keep", "capabilities");
+	own_stdio(r->uid);
+	if (setgroups(r->groups, groups) < 0)
+		fail("take", "supplemental groups");
+	if (setgid(r->gid) < 0)
+		fail("take", "the group");
+	if (setuid(r->uid) < 0)
+		fail("take", "the user");
+	if (!there && chdir(cwd) < 0)
+		fail("change to the working directory", cwd);
+	// CVE-2024-21626: a directory outside of the root is "(unreachable)" to the kernel.
+	char path[4096];
+	if (syscall(SYS_getcwd, path, sizeof(path)) < 0)
+		fail("look where one is after the change to", cwd);
+	if (*path != '/')
+		refuse("the working directory %.2000s is outside of the container", cwd);
+	if (prctl(PR_SET_KEEPCAPS, 0, 0, 0, 0) < 0)
+		fail("no longer keep", "capabilities");
+	set_capabilities(r);
+}
+
+// executable is 0 or the reason, in errno, why a file is not.
+static int executable(const char *path)
+{
+	struct stat st;
+	if (stat(path, &st) < 0)
+		return -1;
+	if (S_ISDIR(st.st_mode)) {
+		errno = EISDIR;
+		return -1;
+	}
+	return faccessat(AT_FDCWD, path, X_OK, AT_EACCESS);
+}
+
+// find looks a program up as a shell does, and says what os/exec of Go would: what podmon
+// and kubelet know.
+static const char *find(const char *name, char **env)
+{
+	static char file[8192];
+	const char *path = "";
+
+	if (strchr(name, '/')) {
+		if (executable(name) < 0)
+			refuse("exec: \"%.3000s\": %s", name, reason());
+		return name;
+	}
+	for (; *env; env++)
+		if (strncmp(*env, "PATH=", 5) == 0)
+			path = *env + 5;
+	for (bool last = !*path; !last;) {
+		const char *end = strchrnul(path, ':');
+		int n = snprintf(file, sizeof(file), "%.*s/%s", end == path ? 1 : (int)(end - path), end == path ? "." : path, name);
+		if (n < (int)sizeof(file) && executable(file) == 0) {
+			if (*file != '/')
+				refuse("exec: \"%.3000s\": cannot run executable found relative to current directory", name);
+			return file;
+		}
+		last = !*end;
+		path = end + 1;
+	}
+	refuse("exec: \"%.3000s\": executable file not found in $PATH", name);
+}
+
+void __attribute__((constructor(102))) podmon_exec(int argc, char **argv)
+{
+	if (argc != 2 || strcmp(argv[1], "exec") != 0 || !has_order())
+		return;
+	// Nobody in the container may look into what is podmon's until the program is another.
+	if (prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) < 0)
+		fail("make", "undumpable");
+	// Whatever podmon itself was started with; libcontainer does the same.
+	if (syscall(SYS_close_range, INIT + 1, ~0U, 0) < 0)
+		fail("close", "what podmon was started with");
+
+	struct request *r = receive();
+	const struct rlimit_of *rlimits = (struct rlimit_of *)(r + 1);
+	const struct sock_filter *code = (struct sock_filter *)(rlimits + r->rlimits);
+	const gid_t *groups = (gid_t *)(code + r->instructions);
+	const char *text = (char *)(groups + r->groups);
+	struct strings s;
+	s.cwd = next(&text);
+	s.keyring = next(&text);
+	s.apparmor = next(&text);
+	s.selinux = next(&text);
+	char **args = vector(&text, r->args), **env = vector(&text, r->env);
+
+	char score[16];
+	snprintf(score, sizeof(score), "%d", r->oom_score);
+	if (put("/proc/self/oom_score_adj", score) < 0)
+		fail("set oom_score_adj to", score);
+	int proc = open("/proc", O_PATH | O_DIRECTORY | O_CLOEXEC);
+	if (proc < 0)
+		fail("open", "/proc");
+	if (r->namespaces & CLONE_NEWPID && setns(INIT, CLONE_NEWPID) < 0)
+		fail("join", "the PID namespace");
+	bear(join_cgroups()); // as a child, in that namespace too
+
+	if (setsid() < 0)
+		fail("make", "a session");
+	label(proc, &s);
+	close(proc);
+	if (setns(INIT, r->namespaces & ~CLONE_NEWPID) < 0)
+		fail("join", "the namespaces");
+	close(INIT);
+	// Kernels without keys have none to share.
+	if (*s.keyring && syscall(SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING, s.keyring, 0, 0, 0) < 0 && errno != ENOSYS)
+		fail("join", "the session keyring");
+	if (r->no_new_privs && prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0)
+		fail("set", "no_new_privs");
+	for (uint32_t i = 0; i < r->rlimits; i++) {
+		struct rlimit limit = {rlimits[i].soft, rlimits[i].hard};
+		if (setrlimit(rlimits[i].resource, &limit) < 0)
+			fail("set", "a resource limit");
+	}
+	if (!r->no_new_privs) // it takes CAP_SYS_ADMIN
+		install(r, code);
+	become(r, groups, s.cwd);
+	const char *program = find(args[0], env);
+	if (send(ORDER, "", 1, MSG_NOSIGNAL) != 1)
+		fail("tell of", "the start");
+	if (r->no_new_privs) // as late as can be: it may forbid much
+		install(r, code);
+	execve(program, args, env);
+	fail("exec", program);
+}
