@@ -14,7 +14,9 @@
 // drops SIGTERM, SIGINT and SIGHUP. When it is killed all the same, the daemon starts
 // another one that takes over.
 //
-// libcontainer starts containers by running this program again as "podmon init".
+// It runs itself again: as "podmon init" when libcontainer starts a container, as "podmon
+// pause" and "podmon exec" for what it starts alone, as "podmon filter" to compile a seccomp
+// profile.
 package main
 
 import (
@@ -34,10 +36,15 @@ import (
 	"github.com/sirupsen/logrus"
 
 	"github.com/podshim/podshim/cmd/podmon/internal/container"
+	"github.com/podshim/podshim/cmd/podmon/internal/filter"
 	"github.com/podshim/podshim/cmd/podmon/internal/server"
 )
 
 func init() {
+	if len(os.Args) == 2 && os.Args[1] == "filter" {
+		runtime.LockOSThread()
+		filter.Main()
+	}
 	if len(os.Args) > 1 && os.Args[1] == "init" {
 		libcontainer.Init()
 	}

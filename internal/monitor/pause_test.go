@@ -296,7 +296,7 @@ func TestPauseRefused(t *testing.T) {
 		edit func(*monitor.StartRequest)
 		want string
 	}{
-		"no program": {func(r *monitor.StartRequest) { r.Spec.Process.Args[0] = "/nonesuch" }, "execute /nonesuch: No such file or directory"},
+		"no program": {func(r *monitor.StartRequest) { r.Spec.Process.Args[0] = "/nonesuch" }, "execute /nonesuch: no such file or directory"},
 		"no root":    {func(r *monitor.StartRequest) { r.Spec.Root.Path = "/nonesuch" }, "/nonesuch: no such file or directory"},
 		"no network namespace": {func(r *monitor.StartRequest) {
 			r.Spec.Linux.Namespaces = append(r.Spec.Linux.Namespaces, specs.LinuxNamespace{Type: specs.NetworkNamespace, Path: "/nonesuch"})
@@ -310,7 +310,7 @@ func TestPauseRefused(t *testing.T) {
 		"no way for its user": {func(r *monitor.StartRequest) {
 			must(t, os.Chmod(r.Spec.Root.Path, 0o700))
 			r.Spec.Process.User.UID = 1234
-		}, "execute /pause: Permission denied"},
+		}, "execute /pause: permission denied"},
 		"not a program": {func(r *monitor.StartRequest) {
 			r.Spec.Process.Args[0] = "/text"
 			must(t, os.WriteFile(filepath.Join(r.Spec.Root.Path, "text"), []byte("text"), 0o755))

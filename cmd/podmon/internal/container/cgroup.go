@@ -46,18 +46,21 @@ func (c *Container) showCgroups() {
 
 // run starts PID 1: in its cgroups from its first instruction on, and its program when
 // these have the container's limits.
-func (c *Container) run(process *libcontainer.Process) error {
+//
+// With f, libcontainer has executed podmon then, and podmon executes the program.
+func (c *Container) run(process *libcontainer.Process, f *filtered) error {
 	config := c.lc.Config()
-	if !c.joins() {
+	if f != nil {
+		config = *f.config
+	} else if !c.joins() {
 		return c.lc.Run(process)
-	}
-	if hasHooks(&config) {
+	} else if hasHooks(&config) {
 		if err := c.lc.Run(process); err != nil {
 			return err
 		}
 		return c.hideCgroups()
 	}
-	if err := c.startInit(process, config.Cgroups); err != nil {
+	if err := c.startInit(process, config.Cgroups, f); err != nil {
 		return err
 	}
 	// The program waits for Exec: podmon's own work there is under no limit.
@@ -70,7 +73,14 @@ func (c *Container) run(process *libcontainer.Process) error {
 	if err := errors.Join(err, <-mounted, c.hideCgroups()); err != nil {
 		return err
 	}
-	return c.lc.Exec()
+	if err := c.lc.Exec(); err != nil || f == nil {
+		return err
+	}
+	if err := f.Execute(); err != nil {
+		return c.blameOOM(fmt.Errorf("unable to start container process: %w", err)) // as libcontainer says it
+	}
+	c.executed.Store(true)
+	return nil
 }
 
 // hasHooks tells whether there are hooks that see, and may change, what libcontainer has
@@ -81,7 +91,13 @@ func hasHooks(config *configs.Config) bool {
 
 // startInit starts "podmon init" as PID 1. libcontainer has no cgroup meanwhile and is
 // told to make do without; afterwards it has them again.
-func (c *Container) startInit(process *libcontainer.Process, settings *cgroups.Cgroup) error {
+func (c *Container) startInit(process *libcontainer.Process, settings *cgroups.Cgroup, f *filtered) (err error) {
+	if !c.joins() { // it is f that needs more steps than one
+		if process.ExtraFiles, err = f.files(nil); err != nil {
+			return err
+		}
+		return c.lc.Start(process)
+	}
 	wanted := *settings
 	if err := c.hideCgroups(); err != nil {
 		return err
@@ -91,6 +107,12 @@ func (c *Container) startInit(process *libcontainer.Process, settings *cgroups.C
 		return err
 	}
 	process.ExtraFiles = []*os.File{order.File()}
+	if f != nil {
+		if process.ExtraFiles, err = f.files(order.File()); err != nil {
+			order.Close()
+			return err
+		}
+	}
 	settings.Rootless, settings.Resources = true, &cgroups.Resources{}
 	// Beside the first steps of the process, which waits for them.
 	made := make(chan error, 1)

@@ -41,6 +41,7 @@ import (
 	"github.com/sirupsen/logrus"
 	"golang.org/x/sys/unix"
 
+	"github.com/podshim/podshim/cmd/podmon/internal/filter"
 	"github.com/podshim/podshim/cmd/podmon/internal/stdio"
 	"github.com/podshim/podshim/internal/monitor/wire"
 )
@@ -81,6 +82,7 @@ type Manager struct {
 	keeping    sync.Mutex // by KeepFiles
 	mu         sync.Mutex
 	containers map[string]*Container
+	filters    filter.Cache
 	execs      atomic.Int64 // running ones
 }
 
@@ -116,6 +118,9 @@ type Container struct {
 	// Delete has removed them.
 	files   sync.Mutex
 	deleted bool
+
+	filterOnce sync.Once
+	filter     *filter.Filter // see filterOf
 
 	view   *configs.Mount // of the cgroups, to be made by mountHierarchies; Start's own
 	killBy time.Time      // watch's own: when killing leftovers ends

@@ -1,6 +1,7 @@
 package container
 
 import (
+	"errors"
 	"fmt"
 	"maps"
 	"os"
@@ -14,6 +15,7 @@ import (
 	"github.com/opencontainers/runc/libcontainer/configs"
 	"golang.org/x/sys/unix"
 
+	"github.com/podshim/podshim/cmd/podmon/internal/filter"
 	"github.com/podshim/podshim/cmd/podmon/internal/stage"
 	"github.com/podshim/podshim/internal/monitor/wire"
 )
@@ -29,18 +31,43 @@ var namespaceFlags = map[configs.NamespaceType]uintptr{
 // left to it, too, to refuse.
 func (c *Container) plainExec(p *libcontainer.Process, r wire.ExecRequest) *stage.Exec {
 	config := c.lc.Config()
-	if !c.joins() && !cgroups.IsCgroup2UnifiedMode() || p.ConsoleSocket != nil || p.Cwd == "" ||
+	if !c.joins() && !cgroups.IsCgroup2UnifiedMode() || p.ConsoleSocket != nil ||
 		p.Scheduler != nil || config.Scheduler != nil || p.IOPriority != nil || config.IOPriority != nil ||
 		p.CPUAffinity != nil || config.ExecCPUAffinity != nil || config.Personality != nil || config.MemoryPolicy != nil ||
-		config.IntelRdt != nil || config.Umask != nil || config.RootlessEUID || config.Seccomp != nil {
+		config.IntelRdt != nil || config.Umask != nil || config.RootlessEUID {
+		return nil
+	}
+	program := c.programOf(p, &config)
+	if program == nil {
 		return nil
 	}
 	e := &stage.Exec{
+		Program: *program, OOMScoreAdj: *config.OomScoreAdj,
 		Stdin: r.Stdin, Stdout: r.Stdout, Stderr: r.Stderr,
+	}
+	for _, ns := range config.Namespaces {
+		flag, known := namespaceFlags[ns.Type]
+		if !known {
+			return nil
+		}
+		e.Namespaces |= flag
+	}
+	if e.Namespaces&unix.CLONE_NEWNS == 0 {
+		return nil
+	}
+	return e
+}
+
+// programOf is what a process becomes; nil when only libcontainer can do that, or say why it
+// cannot be.
+func (c *Container) programOf(p *libcontainer.Process, config *configs.Config) *stage.Program {
+	e := &stage.Program{
 		Args: p.Args, Env: environment(p.Env), Cwd: p.Cwd,
-		UID: uint32(p.UID), GID: uint32(p.GID),
-		OOMScoreAdj: *config.OomScoreAdj, NoNewPrivs: *p.NoNewPrivileges,
+		UID: uint32(p.UID), GID: uint32(p.GID), NoNewPrivs: *p.NoNewPrivileges,
 		AppArmor: firstOf(p.AppArmorProfile, config.AppArmorProfile), SELinux: firstOf(p.Label, config.ProcessLabel),
+	}
+	if e.Env == nil || e.Cwd == "" {
+		return nil
 	}
 	for _, gid := range p.AdditionalGroups {
 		e.Groups = append(e.Groups, uint32(gid))
@@ -64,17 +91,25 @@ func (c *Container) plainExec(p *libcontainer.Process, r wire.ExecRequest) *stag
 	if !config.NoNewKeyring {
 		e.Keyring = "_ses." + c.ID
 	}
-	for _, ns := range config.Namespaces {
-		flag, known := namespaceFlags[ns.Type]
-		if !known {
+	if config.Seccomp != nil {
+		f := c.filterOf(config.Seccomp)
+		if f == nil {
 			return nil
 		}
-		e.Namespaces |= flag
-	}
-	if e.Env == nil || e.Namespaces&unix.CLONE_NEWNS == 0 {
-		return nil
+		e.Filter, e.FilterFlags = f.Code, f.Flags
 	}
 	return e
+}
+
+// filterOf is the container's seccomp filter; nil for one that only libcontainer installs.
+func (c *Container) filterOf(profile *configs.Seccomp) *filter.Filter {
+	c.filterOnce.Do(func() {
+		var err error
+		if c.filter, err = c.m.filters.Get(profile); err != nil && !errors.Is(err, filter.ErrNotify) {
+			c.log().WithError(err).Warn("libcontainer compiles the seccomp profile in each process")
+		}
+	})
+	return c.filter
 }
 
 // environment leaves the last of each variable; nil when there is something that

@@ -68,7 +68,17 @@ func (c *Container) start(r wire.StartRequest) (err error) {
 	if err != nil {
 		return err
 	}
-	if err := c.create(r, config); err != nil {
+	c.view = c.takeHierarchies(config)
+	f, err := c.takeFilter(process, config)
+	if err != nil {
+		return err
+	}
+	bare := config
+	if f != nil {
+		defer f.close()
+		process, bare = f.process, f.bare
+	}
+	if err := c.create(r, bare); err != nil {
 		return err
 	}
 	defer func() {
@@ -88,7 +98,7 @@ func (c *Container) start(r wire.StartRequest) (err error) {
 		return err
 	}
 	defer ends.close()
-	if err := c.run(process); err != nil {
+	if err := c.run(process, f); err != nil {
 		c.terminate(process)
 		c.endFifoWait()
 		err, known := classify("start", err)
@@ -141,7 +151,6 @@ func (c *Container) configure(r wire.StartRequest) (*configs.Config, error) {
 // create makes libcontainer's container and records it.
 func (c *Container) create(r wire.StartRequest, config *configs.Config) (err error) {
 	c.rec.Systemd = c.m.SystemdCgroup
-	c.view = c.takeHierarchies(config)
 	if c.lc, err = libcontainer.Create(c.m.stateRoot(), c.ID, config); err != nil {
 		if errors.Is(err, libcontainer.ErrExist) {
 			return wire.Errorf(wire.ClassExists, "create: %w", err)

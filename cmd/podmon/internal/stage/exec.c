@@ -1,7 +1,8 @@
 // "podmon exec": makes a process one of a running container's and executes its program. It
 // does what libcontainer's setns init does, in the same order, for requests that ask for
 // nothing else (exec.go); libcontainer starts Go for it, and reads all of the container's
-// configuration. One thread, which ends here.
+// configuration. "podmon start" does the last part of that in a container's PID 1, which
+// libcontainer has made (start.go). One thread, which ends here.
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -25,8 +26,11 @@
 
 #include "stage.h"
 
-// The pidfd of the container's PID 1.
+// Descriptors that are given: to exec the pidfd of the container's PID 1, to start its socket
+// and the host's /proc.
 #define INIT 4
+#define START 5
+#define HOST_PROC 6
 
 // The largest request, far above what the kernel takes for arguments and environment.
 #define LARGEST (16 << 20)
@@ -48,13 +52,18 @@ struct rlimit_of {
 	uint64_t resource, soft, hard;
 };
 
-// The strings that every request has, before those of the arguments.
-struct strings {
+// A request, taken apart.
+struct order {
+	const struct request *r;
+	const struct rlimit_of *rlimits;
+	const struct sock_filter *code;
+	const gid_t *groups;
 	const char *cwd, *keyring, *apparmor, *selinux;
+	char **args, **env;
 };
 
-// receive returns the request, which podmon sends in pieces.
-static struct request *receive(void)
+// receive returns the bytes of the request, which podmon sends in pieces.
+static const struct request *receive(void)
 {
 	struct request *r = NULL;
 	size_t size = sizeof(*r), got = 0;
@@ -109,15 +118,15 @@ static void set_attribute(int proc, const char *name, const char *format, const 
 
 // label has the program run under the profile and the label: the kernel keeps them until
 // the execution. proc is the host's, not one that the container has mounted.
-static void label(int proc, const struct strings *s)
+static void label(int proc, const struct order *o)
 {
-	if (*s->selinux) {
-		set_attribute(proc, "self/attr/keycreate", "%s", s->selinux);
-		set_attribute(proc, "self/attr/exec", "%s", s->selinux);
+	if (*o->selinux) {
+		set_attribute(proc, "self/attr/keycreate", "%s", o->selinux);
+		set_attribute(proc, "self/attr/exec", "%s", o->selinux);
 	}
-	if (*s->apparmor) {
+	if (*o->apparmor) {
 		bool own = faccessat(proc, "self/attr/apparmor/exec", F_OK, 0) == 0; // since Linux 5.8
-		set_attribute(proc, own ? "self/attr/apparmor/exec" : "self/attr/exec", "exec %s", s->apparmor);
+		set_attribute(proc, own ? "self/attr/apparmor/exec" : "self/attr/exec", "exec %s", o->apparmor);
 	}
 }
 
@@ -238,65 +247,104 @@ static const char *find(const char *name, char **env)
 	refuse("exec: \"%.3000s\": executable file not found in $PATH", name);
 }
 
-void __attribute__((constructor(102))) podmon_exec(int argc, char **argv)
+// take receives a request and takes it apart.
+static struct order take(void)
 {
-	if (argc != 2 || strcmp(argv[1], "exec") != 0 || !has_order())
-		return;
-	// Nobody in the container may look into what is podmon's until the program is another.
+	struct order o = {.r = receive()};
+	o.rlimits = (struct rlimit_of *)(o.r + 1);
+	o.code = (struct sock_filter *)(o.rlimits + o.r->rlimits);
+	o.groups = (gid_t *)(o.code + o.r->instructions);
+	const char *text = (char *)(o.groups + o.r->groups);
+	o.cwd = next(&text);
+	o.keyring = next(&text);
+	o.apparmor = next(&text);
+	o.selinux = next(&text);
+	o.args = vector(&text, o.r->args);
+	o.env = vector(&text, o.r->env);
+	return o;
+}
+
+// execute gives up what the program must not have, and executes it.
+static void __attribute__((noreturn)) execute(const struct order *o)
+{
+	const struct request *r = o->r;
+
+	if (r->no_new_privs && prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0)
+		fail("set", "no_new_privs");
+	for (uint32_t i = 0; i < r->rlimits; i++) {
+		struct rlimit limit = {o->rlimits[i].soft, o->rlimits[i].hard};
+		if (setrlimit(o->rlimits[i].resource, &limit) < 0)
+			fail("set", "a resource limit");
+	}
+	if (!r->no_new_privs) // it takes CAP_SYS_ADMIN
+		install(r, o->code);
+	become(r, o->groups, o->cwd);
+	const char *program = find(o->args[0], o->env);
+	// A profile that lets programs run lets them write.
+	if (write(ORDER, "", 1) != 1)
+		fail("tell of", "the start");
+	if (r->no_new_privs) // as late as can be: it may forbid much
+		install(r, o->code);
+	execve(program, o->args, o->env);
+	fail("exec", program);
+}
+
+// Nobody in the container may look into what is podmon's until the program is another.
+static void hide(void)
+{
 	if (prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) < 0)
 		fail("make", "undumpable");
+}
+
+// libcontainer has set all up, as for a program that may do everything: root, with podmon's
+// capabilities, unconfined.
+static void start(void)
+{
+	if (dup3(START, ORDER, O_CLOEXEC) < 0)
+		_exit(1);
+	hide();
+	struct order o = take();
+	label(HOST_PROC, &o);
+	if (syscall(SYS_close_range, ORDER + 1, ~0U, 0) < 0)
+		fail("close", "what podmon has given");
+	execute(&o);
+}
+
+static void exec(void)
+{
+	hide();
 	// Whatever podmon itself was started with; libcontainer does the same.
 	if (syscall(SYS_close_range, INIT + 1, ~0U, 0) < 0)
 		fail("close", "what podmon was started with");
-
-	struct request *r = receive();
-	const struct rlimit_of *rlimits = (struct rlimit_of *)(r + 1);
-	const struct sock_filter *code = (struct sock_filter *)(rlimits + r->rlimits);
-	const gid_t *groups = (gid_t *)(code + r->instructions);
-	const char *text = (char *)(groups + r->groups);
-	struct strings s;
-	s.cwd = next(&text);
-	s.keyring = next(&text);
-	s.apparmor = next(&text);
-	s.selinux = next(&text);
-	char **args = vector(&text, r->args), **env = vector(&text, r->env);
-
+	struct order o = take();
 	char score[16];
-	snprintf(score, sizeof(score), "%d", r->oom_score);
+	snprintf(score, sizeof(score), "%d", o.r->oom_score);
 	if (put("/proc/self/oom_score_adj", score) < 0)
 		fail("set oom_score_adj to", score);
 	int proc = open("/proc", O_PATH | O_DIRECTORY | O_CLOEXEC);
 	if (proc < 0)
 		fail("open", "/proc");
-	if (r->namespaces & CLONE_NEWPID && setns(INIT, CLONE_NEWPID) < 0)
+	if (o.r->namespaces & CLONE_NEWPID && setns(INIT, CLONE_NEWPID) < 0)
 		fail("join", "the PID namespace");
 	bear(join_cgroups()); // as a child, in that namespace too
 
 	if (setsid() < 0)
 		fail("make", "a session");
-	label(proc, &s);
+	label(proc, &o);
 	close(proc);
-	if (setns(INIT, r->namespaces & ~CLONE_NEWPID) < 0)
+	if (setns(INIT, o.r->namespaces & ~CLONE_NEWPID) < 0)
 		fail("join", "the namespaces");
 	close(INIT);
 	// Kernels without keys have none to share.
-	if (*s.keyring && syscall(SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING, s.keyring, 0, 0, 0) < 0 && errno != ENOSYS)
+	if (*o.keyring && syscall(SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING, o.keyring, 0, 0, 0) < 0 && errno != ENOSYS)
 		fail("join", "the session keyring");
-	if (r->no_new_privs && prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0)
-		fail("set", "no_new_privs");
-	for (uint32_t i = 0; i < r->rlimits; i++) {
-		struct rlimit limit = {rlimits[i].soft, rlimits[i].hard};
-		if (setrlimit(rlimits[i].resource, &limit) < 0)
-			fail("set", "a resource limit");
-	}
-	if (!r->no_new_privs) // it takes CAP_SYS_ADMIN
-		install(r, code);
-	become(r, groups, s.cwd);
-	const char *program = find(args[0], env);
-	if (send(ORDER, "", 1, MSG_NOSIGNAL) != 1)
-		fail("tell of", "the start");
-	if (r->no_new_privs) // as late as can be: it may forbid much
-		install(r, code);
-	execve(program, args, env);
-	fail("exec", program);
+	execute(&o);
+}
+
+void __attribute__((constructor(102))) podmon_exec(int argc, char **argv)
+{
+	if (argc == 2 && strcmp(argv[1], "exec") == 0 && has_order())
+		exec();
+	if (argc == 2 && strcmp(argv[1], "start") == 0)
+		start();
 }

@@ -12,26 +12,17 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Exec describes a process of a running container, as libcontainer would start it there: in
-// a session of its own, without whatever podmon has open. The zero value of what a kernel
-// may lack (labels, a keyring, a filter) leaves it out.
-type Exec struct {
-	// Init is a pidfd of the container's PID 1, whose namespaces it joins: those of the
-	// CLONE_NEW* flags. A user namespace is not among them.
-	Init       *os.File
-	Namespaces uintptr
-	// Stdin, Stdout and Stderr are /dev/null where they are nil.
-	Stdin, Stdout, Stderr *os.File
-
+// Program describes what a process becomes, as libcontainer would make it. The zero value of
+// what a kernel may lack (labels, a keyring, a filter) leaves it out.
+type Program struct {
 	Args []string // looked up in the PATH of Env
 	Env  []string // each of the form NAME=VALUE
 	Cwd  string
 
-	UID, GID    uint32
-	Groups      []uint32
-	OOMScoreAdj int
-	Rlimits     []Rlimit
-	NoNewPrivs  bool
+	UID, GID   uint32
+	Groups     []uint32
+	Rlimits    []Rlimit
+	NoNewPrivs bool
 	// Capabilities are sets of bits, 1 << CAP_*.
 	Bounding, Effective, Permitted, Inheritable, Ambient uint64
 
@@ -39,6 +30,19 @@ type Exec struct {
 	AppArmor, SELinux string // profile and label of the program
 	Filter            []unix.SockFilter
 	FilterFlags       uint32 // SECCOMP_FILTER_FLAG_*
+}
+
+// Exec describes a process of a running container: it is in a session of its own, without
+// whatever podmon has open.
+type Exec struct {
+	Program
+	// Init is a pidfd of the container's PID 1, whose namespaces it joins: those of the
+	// CLONE_NEW* flags. A user namespace is not among them.
+	Init        *os.File
+	Namespaces  uintptr
+	OOMScoreAdj int
+	// Stdin, Stdout and Stderr are /dev/null where they are nil.
+	Stdin, Stdout, Stderr *os.File
 }
 
 // Rlimit is one of setrlimit(2).
@@ -59,9 +63,9 @@ type request struct {
 	Bounding, Effective, Permitted, Inheritable, Ambient uint64
 }
 
-func (e *Exec) encode() ([]byte, error) {
+func (e *Program) encode(namespaces uintptr, oomScoreAdj int) ([]byte, error) {
 	r := request{
-		Namespaces: uint32(e.Namespaces), UID: e.UID, GID: e.GID, OOMScoreAdj: int32(e.OOMScoreAdj),
+		Namespaces: uint32(namespaces), UID: e.UID, GID: e.GID, OOMScoreAdj: int32(oomScoreAdj),
 		FilterFlags: e.FilterFlags, Rlimits: uint32(len(e.Rlimits)), Instructions: uint32(len(e.Filter)),
 		Groups: uint32(len(e.Groups)), Args: uint32(len(e.Args)), Env: uint32(len(e.Env)),
 		Bounding: e.Bounding, Effective: e.Effective, Permitted: e.Permitted, Inheritable: e.Inheritable, Ambient: e.Ambient,
@@ -100,7 +104,7 @@ func (e *Exec) encode() ([]byte, error) {
 // Start starts it in the cgroups, as Send has them. It returns the first process, which ends
 // when the one that Order.Started tells of is there.
 func (e *Exec) Start(o *Order, cgroups map[string]string) (*os.Process, error) {
-	text, err := e.encode()
+	text, err := e.encode(e.Namespaces, e.OOMScoreAdj)
 	if err != nil {
 		return nil, err
 	}
@@ -122,12 +126,8 @@ func (e *Exec) Start(o *Order, cgroups map[string]string) (*os.Process, error) {
 		return nil, err
 	}
 	o.theirs.Close() // so that its end is seen
-	for len(text) > 0 {
-		n := min(len(text), pieces)
-		if _, err := o.ours.Write(text[:n]); err != nil {
-			return cmd.Process, nil // it has ended, and Started says why
-		}
-		text = text[n:]
+	if o.sendRequest(text) != nil {
+		return cmd.Process, nil // it has ended, and Started says why
 	}
 	if err := o.Send(cgroups, true); err != nil && !errors.Is(err, unix.EPIPE) && !errors.Is(err, unix.ECONNRESET) {
 		o.Cancel()
@@ -135,4 +135,15 @@ func (e *Exec) Start(o *Order, cgroups map[string]string) (*os.Process, error) {
 		return nil, err
 	}
 	return cmd.Process, nil
+}
+
+func (o *Order) sendRequest(text []byte) error {
+	for len(text) > 0 {
+		n := min(len(text), pieces)
+		if _, err := o.ours.Write(text[:n]); err != nil {
+			return err
+		}
+		text = text[n:]
+	}
+	return nil
 }

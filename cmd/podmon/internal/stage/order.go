@@ -167,6 +167,14 @@ func (o *Order) Started() (pid int, err error) {
 	}
 }
 
+// why is what the process has said to an error in telling it something.
+func (o *Order) why(err error) error {
+	if said := o.Said(); said != nil {
+		return said
+	}
+	return err
+}
+
 // Said is what the process has said so far to why it does not start; nil is nothing.
 func (o *Order) Said() error {
 	text, _, err := o.read(unix.MSG_DONTWAIT)

@@ -142,7 +142,7 @@ func TestJoinRefused(t *testing.T) {
 	if !errors.As(err, &exit) || out != "" {
 		t.Errorf("ran without its cgroup: %v: %s", err, out)
 	}
-	if want := "join " + paths["blkio"] + "/tasks: No such file or directory"; !strings.Contains(log, want) {
+	if want := "join " + paths["blkio"] + "/tasks: no such file or directory"; !strings.Contains(log, want) {
 		t.Errorf("log %q, want %q", log, want)
 	}
 	if o.Settle(true) {
