@@ -5,10 +5,12 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
 	"time"
+	"unsafe"
 
 	"github.com/moby/profiles/seccomp"
 	"github.com/opencontainers/runtime-spec/specs-go"
@@ -212,6 +214,198 @@ func TestExecRefuses(t *testing.T) {
 	left := strings.Fields(readFile(t, filepath.Join("/sys/fs/cgroup/pids", m.cgroup, id, "cgroup.procs")))
 	if len(left) != 1 {
 		t.Errorf("left in the container: %v", left)
+	}
+}
+
+// A container with a seccomp profile, which podmon executes itself in the end, is as
+// libcontainer starts it, and so is what is executed in it; with the same filter.
+func TestFilteredIsWhatLibcontainerMakes(t *testing.T) {
+	for name, edit := range map[string]func(*specs.Spec){
+		"as it is":          func(*specs.Spec) {},
+		"no new privileges": func(s *specs.Spec) { s.Process.NoNewPrivileges = true },
+		"user and groups": func(s *specs.Spec) {
+			s.Process.User = specs.User{UID: 1234, GID: 567, AdditionalGids: []uint32{8, 9}}
+			s.Process.Capabilities.Inheritable, s.Process.Capabilities.Ambient = []string{"CAP_KILL"}, []string{"CAP_KILL"}
+		},
+		"no capabilities, a directory that is to be made, a read-only root": func(s *specs.Spec) {
+			s.Process.Capabilities, s.Process.Cwd = &specs.LinuxCapabilities{}, "/made/by/podmon"
+			s.Root.Readonly = true
+		},
+		"limits": func(s *specs.Spec) {
+			score := 321
+			s.Process.OOMScoreAdj = &score
+			s.Process.Rlimits = []specs.POSIXRlimit{{Type: "RLIMIT_NOFILE", Soft: 66, Hard: 88}, {Type: "RLIMIT_CORE"}}
+		},
+		"a terminal": func(s *specs.Spec) { s.Process.Terminal = true },
+		"a profile with flags": func(s *specs.Spec) {
+			s.Linux.Seccomp = &specs.LinuxSeccomp{
+				DefaultAction: specs.ActAllow, Flags: []specs.LinuxSeccompFlag{specs.LinuxSeccompFlagLog},
+				Syscalls: []specs.LinuxSyscall{{Names: []string{"mkdir"}, Action: specs.ActErrno}},
+			}
+		},
+		"a profile that logs what a start needs no more": func(s *specs.Spec) {
+			s.Process.NoNewPrivileges = true
+			s.Linux.Seccomp = &specs.LinuxSeccomp{DefaultAction: specs.ActAllow, Syscalls: []specs.LinuxSyscall{
+				{Names: []string{"setuid", "setgid", "setgroups", "capset", "prctl", "sendto", "chdir"}, Action: specs.ActKillProcess},
+			}}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			m := newMachine(t)
+			var seen, execs []map[string]string
+			var code [][]unix.SockFilter
+			for _, by := range []func(*specs.Process) *specs.Process{func(p *specs.Process) *specs.Process { return p }, byLibcontainer} {
+				var forExec specs.Process
+				id, p := m.start("", func(r *monitor.StartRequest) {
+					filtered(t)(r)
+					edit(r.Spec)
+					r.Spec.Process.Args = []string{"sleep", "1000"}
+					forExec = *r.Spec.Process
+					forExec.Terminal = false
+					r.Spec.Process = by(r.Spec.Process)
+				})
+				x := m.exec(t, id, by(&forExec), nil)
+				for _, pid := range []int{p.PID, x.PID} {
+					for !strings.HasPrefix(procStat(pid), fmt.Sprintf("%d (sleep) S ", pid)) {
+						time.Sleep(time.Millisecond) // libcontainer answers before it executes the program
+					}
+					code = append(code, filterOf(t, pid))
+				}
+				seen, execs = append(seen, looks(t, id, p)), append(execs, looks(t, id, monitor.Process{PID: x.PID}))
+			}
+			for _, is := range slices.Concat(seen, execs) {
+				delete(is, "State") // it was stopped a moment ago, for filterOf
+				for what, value := range is { // pipes and terminals are each container's own
+					if strings.HasPrefix(what, "descriptor ") {
+						is[what] = strings.TrimRight(strings.ReplaceAll(value, m.o.RunDir, ""), "0123456789[]")
+						if i := strings.Index(is[what], "/containers/"); i >= 0 {
+							is[what] = filepath.Base(value)
+						}
+					}
+				}
+			}
+			compare(t, seen[0], seen[1])
+			compare(t, execs[0], execs[1])
+			if seen[0]["Seccomp"] != "2" || seen[0]["Seccomp_filters"] != "1" || execs[0]["Seccomp"] != "2" {
+				t.Errorf("no filter: %v", seen[0])
+			}
+			if !slices.Equal(code[0], code[1]) {
+				t.Error("podmon has installed two different filters")
+			}
+			sameVerdicts(t, code[0], code[2])
+			sameVerdicts(t, code[1], code[3])
+		})
+	}
+}
+
+// sameVerdicts compares two filters by what they say of system calls: libcontainer makes one
+// of another order of the same profile each time.
+func sameVerdicts(t *testing.T, ours, its []unix.SockFilter) {
+	t.Helper()
+	values := []uint64{0, 1, 2, 8, 0x20000, 0x20008, 0xffffffff, unix.CLONE_NEWUSER, unix.CLONE_NEWNS, 40, 16}
+	verdicts := map[uint32]int{}
+	for _, arch := range []uint32{unix.AUDIT_ARCH_X86_64, unix.AUDIT_ARCH_I386, unix.AUDIT_ARCH_AARCH64, unix.AUDIT_ARCH_ARM} {
+		for number := range uint32(1200) {
+			for _, number := range []uint32{number, number | 0x40000000} {
+				for _, value := range values {
+					call := [16]uint32{0: number, 1: arch, 4: uint32(value), 6: uint32(value), 8: uint32(value)}
+					a, b := verdict(ours, call), verdict(its, call)
+					if a != b {
+						t.Fatalf("call %d of architecture %#x with %#x: %#x, by libcontainer %#x", number, arch, value, a, b)
+					}
+					verdicts[a]++
+				}
+			}
+		}
+	}
+	if len(verdicts) < 2 {
+		t.Errorf("the same for every call: %v", verdicts)
+	}
+}
+
+// verdict runs a filter on struct seccomp_data, as words.
+func verdict(code []unix.SockFilter, data [16]uint32) uint32 {
+	var a uint32
+	for pc := 0; pc < len(code); pc++ {
+		op := code[pc]
+		jump := func(yes bool) {
+			if yes {
+				pc += int(op.Jt)
+			} else {
+				pc += int(op.Jf)
+			}
+		}
+		switch op.Code {
+		case unix.BPF_LD | unix.BPF_W | unix.BPF_ABS:
+			a = data[op.K/4]
+		case unix.BPF_ALU | unix.BPF_AND | unix.BPF_K:
+			a &= op.K
+		case unix.BPF_JMP | unix.BPF_JA:
+			pc += int(op.K)
+		case unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K:
+			jump(a == op.K)
+		case unix.BPF_JMP | unix.BPF_JGT | unix.BPF_K:
+			jump(a > op.K)
+		case unix.BPF_JMP | unix.BPF_JGE | unix.BPF_K:
+			jump(a >= op.K)
+		case unix.BPF_JMP | unix.BPF_JSET | unix.BPF_K:
+			jump(a&op.K != 0)
+		case unix.BPF_RET | unix.BPF_K:
+			return op.K
+		default:
+			panic(fmt.Sprintf("instruction %#x", op.Code))
+		}
+	}
+	panic("a filter without an end")
+}
+
+// filterOf reads a process's seccomp filter from the kernel, the oldest one.
+func filterOf(t *testing.T, pid int) []unix.SockFilter {
+	t.Helper()
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	must(t, unix.PtraceSeize(pid))
+	must(t, unix.PtraceInterrupt(pid))
+	var status unix.WaitStatus
+	_, err := unix.Wait4(pid, &status, unix.WALL, nil)
+	must(t, err)
+	code := make([]unix.SockFilter, 4096)
+	n, _, errno := unix.Syscall6(unix.SYS_PTRACE, unix.PTRACE_SECCOMP_GET_FILTER, uintptr(pid), 0, uintptr(unsafe.Pointer(&code[0])), 0, 0)
+	if errno != 0 {
+		t.Errorf("read the filter of process %d: %v", pid, errno)
+		n = 0
+	}
+	must(t, unix.PtraceDetach(pid))
+	return code[:n]
+}
+
+// A start under a filter is refused as by libcontainer, and leaves nothing.
+func TestFilteredRefuses(t *testing.T) {
+	for name, edit := range map[string]func(*specs.Process){
+		"no such program":        func(p *specs.Process) { p.Args = []string{"nonesuch"} },
+		"a directory":            func(p *specs.Process) { p.Args = []string{"/bin"} },
+		"no program":             func(p *specs.Process) { p.Args = []string{"/bin/plain"} },
+		"none in a relative one": func(p *specs.Process) { p.Args, p.Env[0] = []string{"sleep"}, "PATH=bin" },
+	} {
+		t.Run(name, func(t *testing.T) {
+			m := newMachine(t)
+			var said []string
+			for _, by := range []func(*specs.Process) *specs.Process{func(p *specs.Process) *specs.Process { return p }, byLibcontainer} {
+				id := m.id()
+				r := monitor.StartRequest{ID: id, Spec: m.spec(id, "sleep", "1000"), LogRoot: m.logs, LogPath: id + "/0.log"}
+				filtered(t)(&r)
+				edit(r.Spec.Process)
+				r.Spec.Process = by(r.Spec.Process)
+				_, err := m.Start(t.Context(), r)
+				if err == nil {
+					t.Fatal("it is started")
+				}
+				said = append(said, err.Error())
+			}
+			if said[0] != said[1] {
+				t.Errorf("%q, by libcontainer %q", said[0], said[1])
+			}
+		})
 	}
 }
 

@@ -77,7 +77,7 @@ func (c *Container) run(process *libcontainer.Process, f *filtered) error {
 		return err
 	}
 	if err := f.Execute(); err != nil {
-		return c.blameOOM(fmt.Errorf("unable to start container process: %w", err)) // as libcontainer says it
+		return c.blameOOM(fmt.Errorf("unable to start container process: error during container init: %w", err)) // as libcontainer says it
 	}
 	c.executed.Store(true)
 	return nil
