@@ -10,6 +10,7 @@ import (
 	"strings"
 
 	"github.com/containernetworking/cni/libcni"
+	"golang.org/x/sys/unix"
 )
 
 // Survey is what networks hold on this machine, by the files that podshim and the
@@ -26,7 +27,8 @@ type Survey struct {
 }
 
 // Reservation is an address that the plugin host-local keeps for a pod: a file,
-// named for the address, that holds the pod's ID and interface.
+// named for the address, that holds the pod's ID and interface. It is empty for a moment
+// before it has them, and for good when the plugin is killed in that moment.
 type Reservation struct {
 	Path, IP, PodID, IfName string
 
@@ -127,10 +129,64 @@ func readReservations(found []Reservation, dir string, list *libcni.NetworkConfi
 	return found, nil
 }
 
+// Held tells whether the reservation is that pod's still: an address that is free
+// goes to the next one. One that is nobody's is held for nobody when no plugin is about
+// to write there whose it is.
+func (r Reservation) Held() bool {
+	if r.PodID != "" {
+		raw, err := os.ReadFile(r.Path)
+		return err == nil && strings.HasPrefix(string(raw), r.PodID)
+	}
+	unlock, err := r.lock()
+	if err != nil {
+		return false // told by a later look
+	}
+	defer unlock()
+	return r.isEmpty()
+}
+
+// lock keeps plugins from reserving addresses of the network, as they keep each other
+// (plugins/ipam/host-local/backend/disk). It does not wait for one that does.
+func (r Reservation) lock() (unlock func(), err error) {
+	f, err := os.Open(filepath.Join(filepath.Dir(r.Path), "lock"))
+	if errors.Is(err, os.ErrNotExist) {
+		return func() {}, nil // no plugin has been here
+	}
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		f.Close()
+		return nil, fmt.Errorf("lock %s: %w", f.Name(), err)
+	}
+	return func() { f.Close() }, nil
+}
+
+func (r Reservation) isEmpty() bool {
+	st, err := os.Stat(r.Path)
+	return err == nil && st.Size() == 0
+}
+
+// freeNobodys removes a reservation that no DEL can name.
+func (r Reservation) freeNobodys() error {
+	unlock, err := r.lock()
+	if err != nil {
+		return fmt.Errorf("free %s: a plugin is at work, try again: %w", r.IP, err)
+	}
+	defer unlock()
+	if !r.isEmpty() {
+		return nil // it has been freed, and is somebody's
+	}
+	return os.Remove(r.Path)
+}
+
 // Free gives back what a pod that no record tells of holds at its network, by a
 // DEL with the configuration the reservation was found by: what other pods hold
 // the plugin does not touch.
 func (n *Network) Free(ctx context.Context, r Reservation) error {
+	if r.PodID == "" {
+		return r.freeNobodys()
+	}
 	pod := Pod{ID: r.PodID}
 	unlock, err := n.pods.lock(ctx, r.PodID)
 	if err != nil {

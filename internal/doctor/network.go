@@ -9,7 +9,6 @@ import (
 	"regexp"
 	"slices"
 	"strconv"
-	"strings"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -39,13 +38,18 @@ func (d *Doctor) lookAtNetwork(_ context.Context, m *machineView, _ []string) ([
 		if m.elsewhere(r.PodID) {
 			continue
 		}
-		found = append(found, Finding{
-			Kind: Reservation, Name: r.IP, ID: cmpID(r.PodID),
+		f := Finding{
+			Kind: Reservation, Name: r.IP, ID: r.PodID,
 			Why:    fmt.Sprintf("%s keeps it for pod %q, which no record has", r.Path, r.PodID),
 			Remedy: "DEL for that pod, by which the plugin frees it",
-			there:  func() bool { return holds(r) },
+			there:  r.Held,
 			repair: func(ctx context.Context) error { return d.Network.Free(ctx, r) },
-		})
+		}
+		if r.PodID == "" {
+			f.ID, f.Why = "nobody", r.Path+" is empty: the plugin was killed before it wrote for which pod it keeps it"
+			f.Remedy = "remove the file"
+		}
+		found = append(found, f)
 	}
 	for _, path := range survey.Results {
 		if id := anyID.FindString(filepath.Base(path)); id != "" {
@@ -64,21 +68,6 @@ func (d *Doctor) lookAtNetwork(_ context.Context, m *machineView, _ []string) ([
 	}
 	veths, err := d.lookAtVeths(survey.Bridges)
 	return slices.Concat(found, pins, veths), err
-}
-
-// cmpID is the owner of a reservation; one that names none has nobody.
-func cmpID(id string) string {
-	if id == "" {
-		return "nobody"
-	}
-	return id
-}
-
-// holds tells whether the reservation is that pod's still: an address that is free
-// goes to the next one.
-func holds(r cni.Reservation) bool {
-	raw, err := os.ReadFile(r.Path)
-	return err == nil && strings.HasPrefix(string(raw), r.PodID)
 }
 
 func remove(path string) error {

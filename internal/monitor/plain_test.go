@@ -274,7 +274,7 @@ func TestFilteredIsWhatLibcontainerMakes(t *testing.T) {
 				seen, execs = append(seen, looks(t, id, p)), append(execs, looks(t, id, monitor.Process{PID: x.PID}))
 			}
 			for _, is := range slices.Concat(seen, execs) {
-				delete(is, "State") // it was stopped a moment ago, for filterOf
+				delete(is, "State")           // it was stopped a moment ago, for filterOf
 				for what, value := range is { // pipes and terminals are each container's own
 					if strings.HasPrefix(what, "descriptor ") {
 						is[what] = strings.TrimRight(strings.ReplaceAll(value, m.o.RunDir, ""), "0123456789[]")

@@ -190,6 +190,10 @@ func (p *patient) plantNetwork() {
 	path := filepath.Join(n.IPAM, n.Name, ip)
 	p.must(os.WriteFile(path, []byte(ids.New()+"\r\neth0"), 0o644))
 	p.plant("IP reservation", ip, noFile(path))
+	ip = strings.TrimSuffix(ip, "250") + "251"
+	path = filepath.Join(n.IPAM, n.Name, ip)
+	p.must(os.WriteFile(path, nil, 0o644)) // by a plugin that was killed before it wrote
+	p.plant("IP reservation", ip, noFile(path))
 
 	// What the running pod was attached with, under the name of another.
 	id := ids.New()
@@ -432,7 +436,7 @@ func TestDoctorFindsDamagedLayers(t *testing.T) {
 			p.must(os.Truncate(short.file, 3))
 			p.must(os.WriteFile(zeroed.file, make([]byte, len(zeroed.content)), 0o644))
 			if !daemon {
-				n.Kill()
+				n.Stop() // a kill would leave removed containers' snapshots, which go in the background
 			}
 			if got, want := doctor(t, n).names(), []string{"damaged layer " + short.layer}; !slices.Equal(got, want) {
 				t.Errorf("a look at lengths finds %q, want %q", got, want)
