@@ -82,6 +82,11 @@ func (m *Manager) start(ctx context.Context, c *Container) error {
 		return m.startFailed(ctx, c, err)
 	}
 	m.log(r).WithField("pid", p.PID).Info("container is started")
+	// It has its root. Every start copies the node's mount table, and is the longer for each
+	// line in it. What stays there Remove takes away.
+	if err := m.unmountRoot(r); err != nil {
+		m.log(r).WithError(err).Warn("the root of a started container stays mounted on the node")
+	}
 	return nil
 }
 

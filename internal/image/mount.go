@@ -81,9 +81,9 @@ func isIDMap(option string) bool { return strings.HasPrefix(option, "uidmap=") }
 // Unmount undoes Mount, all mounts on top of each other, and leaves the directory.
 // What is not mounted, or gone, is success.
 //
-// Mounts are detached (MNT_DETACH): the container's processes are gone by now,
-// and whoever else still has a file open there (a backup, an operator's shell)
-// must not keep a pod from being removed. The kernel drops the mount for good
+// Mounts are detached (MNT_DETACH): the container's processes are gone by now, or have it in
+// a mount namespace of their own, and whoever else still has a file open there (a backup, an
+// operator's shell) must not keep a pod from being removed. The kernel drops the mount for good
 // when the last of them lets go.
 func Unmount(target string) error {
 	for {

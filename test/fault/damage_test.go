@@ -3,6 +3,7 @@ package fault
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -70,23 +71,28 @@ func hold(t *testing.T, n *harness.Node) holding {
 	h.infra, h.process = h.pod.Infra(), h.c.Process()
 	h.ip = h.pod.Status().GetNetwork().GetIp()
 	h.pin = filepath.Join(n.NetnsDir, "podshim-"+h.pod.ID[:16])
-	h.snapshot = filepath.Dir(upperDir(t, filepath.Join(n.RunDir, "containers", h.c.ID, "rootfs")))
+	h.snapshot = filepath.Dir(upperDir(t, h.process))
 	return h
 }
 
-// upperDir is the writable layer of what is mounted at path.
-func upperDir(t *testing.T, path string) string {
+// upperDir is the writable layer of a process's root.
+func upperDir(t *testing.T, p harness.Process) string {
 	t.Helper()
-	mounts, err := mountinfo.GetMounts(mountinfo.SingleEntryFilter(path))
+	f, err := os.Open(fmt.Sprintf("/proc/%d/mountinfo", p.PID))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	mounts, err := mountinfo.GetMountsFromReader(f, mountinfo.SingleEntryFilter("/"))
 	if err != nil || len(mounts) != 1 {
-		t.Fatalf("mounts at %s: %v, %v", path, mounts, err)
+		t.Fatalf("roots of process %d: %v, %v", p.PID, mounts, err)
 	}
 	for _, o := range strings.Split(mounts[0].VFSOptions, ",") {
 		if dir, ok := strings.CutPrefix(o, "upperdir="); ok {
 			return dir
 		}
 	}
-	t.Fatalf("%s has no upperdir: %s", path, mounts[0].VFSOptions)
+	t.Fatalf("process %d has no upperdir: %s", p.PID, mounts[0].VFSOptions)
 	return ""
 }
 
@@ -105,7 +111,7 @@ func (h holding) untouched(t *testing.T) {
 	if !h.reserved() {
 		t.Errorf("the address %s is not reserved any more", h.ip)
 	}
-	for _, path := range []string{h.pin, h.snapshot, filepath.Join(h.n.RunDir, "containers", h.c.ID, "rootfs", "bin"), filepath.Join(h.n.Root, "sandboxes", h.pod.ID)} {
+	for _, path := range []string{h.pin, h.snapshot, fmt.Sprintf("/proc/%d/root/bin", h.process.PID), filepath.Join(h.n.Root, "sandboxes", h.pod.ID)} {
 		if _, err := os.Stat(path); err != nil {
 			t.Errorf("taken away: %v", err)
 		}

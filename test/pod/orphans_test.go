@@ -1,6 +1,7 @@
 package pod
 
 import (
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -95,7 +96,7 @@ func TestOrphansAreRemoved(t *testing.T) {
 	if !process.Alive() {
 		t.Error("a running container's process ended")
 	}
-	if _, err := os.Stat(filepath.Join(n.RunDir, "containers", keeps.ID, "rootfs", "bin")); err != nil {
+	if _, err := os.Stat(fmt.Sprintf("/proc/%d/root/bin", process.PID)); err != nil {
 		t.Errorf("a running container's root is gone: %v", err)
 	}
 	keeps.Stop(0)

@@ -1,6 +1,7 @@
 // "podmon pause": makes a process the infra container of a pod and executes the embedded
 // pause program. It is born in the namespaces that are the pod's own; those that exist are
-// joined by path. One thread, which ends here: neither libcontainer nor Go is ever reached.
+// joined by path. A mount namespace begins as a copy, which takes the longer the more pods
+// there are on the node: its own is a copy of one that is kept for that, with nothing in it. One thread, which ends here: neither libcontainer nor Go is ever reached.
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -23,9 +24,18 @@
 
 #include "stage.h"
 
+#ifndef MOVE_MOUNT_F_EMPTY_PATH // glibc 2.36 has it
+#define MOVE_MOUNT_F_EMPTY_PATH 0x00000004
+#endif
+
 #ifndef __GLIBC__
 #error "a constructor is given argc and argv by glibc only"
 #endif
+
+// Descriptors that are given: the empty mount namespace (empty.go), and a mount of the root.
+#define EMPTY 4
+#define TREE 5
+#define NEW_ROOT "/root"
 
 #if defined(__x86_64__)
 #define ARCH AUDIT_ARCH_X86_64
@@ -36,7 +46,7 @@
 #endif
 
 // Arguments, in the order in which Pause (pause.go) gives them.
-enum { COMMAND = 1, ROOT, PROGRAM, PATH, NET, IPC, UTS, HOSTNAME, OOM_SCORE, UID, GID, FILTER, GROUPS };
+enum { COMMAND = 1, PROGRAM, PATH, NET, IPC, UTS, HOSTNAME, OOM_SCORE, UID, GID, FILTER, GROUPS };
 
 static void enter(const char *path, int kind)
 {
@@ -49,21 +59,27 @@ static void enter(const char *path, int kind)
 }
 
 // show_root makes the directory all that the process sees.
-static void show_root(const char *root)
+static void show_root(void)
 {
-	if (chdir(root) < 0 || syscall(SYS_pivot_root, ".", ".") < 0 || umount2(".", MNT_DETACH) < 0 || chdir("/") < 0)
-		fail("change the root to", root);
+	if (chdir(NEW_ROOT) < 0 || syscall(SYS_pivot_root, ".", ".") < 0 || umount2(".", MNT_DETACH) < 0 || chdir("/") < 0)
+		fail("change the root to", NEW_ROOT);
 }
 
-static void bind_root(const char *root)
+// leave_host goes on in a mount namespace of its own in which nothing is of the host's.
+static void leave_host(void)
 {
-	// What the host unmounts meanwhile goes here as well.
-	if (mount(NULL, "/", NULL, MS_REC | MS_SLAVE, NULL) < 0)
-		fail("make slaves of", "all mounts");
-	if (mount(root, root, NULL, MS_BIND, NULL) < 0 || mount(NULL, root, NULL, MS_PRIVATE, NULL) < 0)
-		fail("bind", root);
-	if (mount(NULL, root, NULL, MS_BIND | MS_REMOUNT | MS_RDONLY | MS_NOSUID | MS_NODEV, NULL) < 0)
-		fail("make read-only", root);
+	if (setns(EMPTY, CLONE_NEWNS) < 0)
+		fail("join", "the empty mount namespace");
+	if (unshare(CLONE_NEWNS) < 0)
+		fail("make", "a mount namespace");
+	if (syscall(SYS_move_mount, TREE, "", AT_FDCWD, NEW_ROOT, MOVE_MOUNT_F_EMPTY_PATH) < 0)
+		fail("mount", NEW_ROOT);
+	close(EMPTY);
+	close(TREE);
+	if (mount(NULL, NEW_ROOT, NULL, MS_PRIVATE, NULL) < 0)
+		fail("make private", NEW_ROOT);
+	if (mount(NULL, NEW_ROOT, NULL, MS_BIND | MS_REMOUNT | MS_RDONLY | MS_NOSUID | MS_NODEV, NULL) < 0)
+		fail("make read-only", NEW_ROOT);
 }
 
 // drop gives up every capability, for good, and takes the user and groups.
@@ -132,7 +148,7 @@ void __attribute__((constructor(102))) podmon_pause(int argc, char **argv)
 	if (prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) < 0)
 		fail("make", "undumpable");
 	// Whatever podmon itself was started with; libcontainer does the same.
-	if (syscall(SYS_close_range, ORDER + 1, ~0U, 0) < 0)
+	if (syscall(SYS_close_range, TREE + 1, ~0U, 0) < 0)
 		fail("close", "what podmon was started with");
 	if (put("/proc/self/oom_score_adj", argv[OOM_SCORE]) < 0)
 		fail("set oom_score_adj to", argv[OOM_SCORE]);
@@ -144,9 +160,9 @@ void __attribute__((constructor(102))) podmon_pause(int argc, char **argv)
 	enter(argv[UTS], CLONE_NEWUTS);
 	if (*argv[HOSTNAME] && sethostname(argv[HOSTNAME], strlen(argv[HOSTNAME])) < 0)
 		fail("set hostname", argv[HOSTNAME]);
-	bind_root(argv[ROOT]);
 	join_cgroups(); // while their files can be seen
-	show_root(argv[ROOT]);
+	leave_host();
+	show_root();
 	umask(022);
 	drop(argv);
 	if (access(argv[PROGRAM], X_OK) < 0)

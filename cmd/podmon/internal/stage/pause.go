@@ -40,15 +40,25 @@ func (p Pause) Start(o *Order, cgroup *os.File) (*os.Process, error) {
 		filter = "filter"
 	}
 	args := []string{
-		"podmon", "pause", p.Root, p.Program, p.Env, p.Net, p.IPC, p.UTS, p.Hostname, strconv.Itoa(p.OOMScoreAdj),
+		"podmon", "pause", p.Program, p.Env, p.Net, p.IPC, p.UTS, p.Hostname, strconv.Itoa(p.OOMScoreAdj),
 		strconv.FormatUint(uint64(p.UID), 10), strconv.FormatUint(uint64(p.GID), 10), filter,
 	}
 	for _, gid := range p.Groups {
 		args = append(args, strconv.FormatUint(uint64(gid), 10))
 	}
+	empty, err := Empty()
+	if err != nil {
+		return nil, fmt.Errorf("start pause: %w", err)
+	}
+	fd, err := unix.OpenTree(unix.AT_FDCWD, p.Root, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
+	if err != nil {
+		return nil, fmt.Errorf("start pause: bind %s: %w", p.Root, err)
+	}
+	tree := os.NewFile(uintptr(fd), p.Root)
+	defer tree.Close()
 	cmd := &exec.Cmd{
-		Path: "/proc/self/exe", Args: args, Env: []string{}, ExtraFiles: []*os.File{o.theirs},
-		SysProcAttr: &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNS | p.Own, Setsid: true},
+		Path: "/proc/self/exe", Args: args, Env: []string{}, ExtraFiles: []*os.File{o.theirs, empty, tree},
+		SysProcAttr: &syscall.SysProcAttr{Cloneflags: p.Own, Setsid: true},
 	}
 	if cgroup != nil {
 		cmd.SysProcAttr.UseCgroupFD, cmd.SysProcAttr.CgroupFD = true, int(cgroup.Fd())
