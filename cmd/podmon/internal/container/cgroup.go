@@ -60,14 +60,21 @@ func (c *Container) run(process *libcontainer.Process, f *filtered) error {
 		}
 		return c.hideCgroups()
 	}
-	if err := c.startInit(process, config.Cgroups, f); err != nil {
+	v, err := c.startInit(process, config.Cgroups, f)
+	if err != nil {
 		return err
 	}
 	// The program waits for Exec: podmon's own work there is under no limit.
 	mounted := make(chan error, 1)
-	go func() { mounted <- c.mountView(process) }()
-	err := c.lc.Set(config)
-	if err != nil {
+	go func() {
+		if v == nil {
+			mounted <- nil
+			return
+		}
+		defer v.close()
+		mounted <- v.mount(process)
+	}()
+	if err = c.lc.Set(config); err != nil {
 		err = fmt.Errorf("set limits: %w", err)
 	}
 	if err := errors.Join(err, <-mounted, c.hideCgroups()); err != nil {
@@ -90,27 +97,28 @@ func hasHooks(config *configs.Config) bool {
 }
 
 // startInit starts "podmon init" as PID 1. libcontainer has no cgroup meanwhile and is
-// told to make do without; afterwards it has them again.
-func (c *Container) startInit(process *libcontainer.Process, settings *cgroups.Cgroup, f *filtered) (err error) {
+// told to make do without; afterwards it has them again. The view, nil when none is taken,
+// is the caller's to mount and to close.
+func (c *Container) startInit(process *libcontainer.Process, settings *cgroups.Cgroup, f *filtered) (v *view, err error) {
 	if !c.joins() { // it is f that needs more steps than one
 		if process.ExtraFiles, err = f.files(nil); err != nil {
-			return err
+			return nil, err
 		}
-		return c.lc.Start(process)
+		return nil, c.lc.Start(process)
 	}
 	wanted := *settings
 	if err := c.hideCgroups(); err != nil {
-		return err
+		return nil, err
 	}
 	order, err := stage.NewOrder()
 	if err != nil {
-		return err
+		return nil, err
 	}
 	process.ExtraFiles = []*os.File{order.File()}
 	if f != nil {
 		if process.ExtraFiles, err = f.files(order.File()); err != nil {
 			order.Close()
-			return err
+			return nil, err
 		}
 	}
 	settings.Rootless, settings.Resources = true, &cgroups.Resources{}
@@ -120,6 +128,11 @@ func (c *Container) startInit(process *libcontainer.Process, settings *cgroups.C
 		err := makeCgroups(wanted, c.rec.CgroupPaths)
 		if err == nil {
 			err = order.Send(c.rec.CgroupPaths, true)
+		}
+		if err == nil && c.taken != nil {
+			if v, err = newView(c.taken, c.rec.CgroupPaths); err != nil {
+				err = fmt.Errorf("mount cgroups: %w", err)
+			}
 		}
 		if err != nil {
 			order.Cancel()
@@ -133,7 +146,10 @@ func (c *Container) startInit(process *libcontainer.Process, settings *cgroups.C
 	err = settle(order, process, err)
 	*settings = wanted
 	c.showCgroups()
-	return c.blameOOM(err)
+	if err != nil && v != nil {
+		v.close()
+	}
+	return v, c.blameOOM(err)
 }
 
 // blameOOM says so where a start has failed because memory is short.

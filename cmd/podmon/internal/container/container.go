@@ -122,7 +122,7 @@ type Container struct {
 	filterOnce sync.Once
 	filter     *filter.Filter // see filterOf
 
-	view   *configs.Mount // of the cgroups, to be made by mountHierarchies; Start's own
+	taken  *configs.Mount // by takeHierarchies; Start's own
 	killBy time.Time      // watch's own: when killing leftovers ends
 	killed atomic.Bool    // podmon has sent SIGKILL
 	// executed: PID 1 is the container's own program; see awaitProgram.

@@ -20,7 +20,7 @@ import (
 const cgroupRoot = "/sys/fs/cgroup"
 
 // takeHierarchies takes the mount of cgroup v1 at /sys/fs/cgroup out of a config, for podmon
-// to make it when everything else is mounted (mountHierarchies); nil when that is left to
+// to make it when everything else is mounted (view.mount); nil when that is left to
 // libcontainer.
 //
 // It is a tmpfs with one mount for each hierarchy, a dozen. libcontainer looks for the
@@ -67,7 +67,7 @@ func within(p, dir string) bool { return p == dir || strings.HasPrefix(p, dir+"/
 // are expected, or not all that is needed here can be done (before Linux 5.12, or under a
 // seccomp filter around podmon). They are looked for once: a hierarchy that is mounted later
 // has no cgroup of podmon's making.
-var hierarchies = sync.OnceValue(func() []cgroups.Mount {
+var hierarchies = sync.OnceValue(func() []hierarchy {
 	all, err := cgroups.GetCgroupMounts(false)
 	if err != nil || len(all) == 0 {
 		return nil
@@ -87,8 +87,15 @@ var hierarchies = sync.OnceValue(func() []cgroups.Mount {
 		return nil
 	}
 	unix.Close(fd)
-	return all
+	found := make([]hierarchy, len(all))
+	for i, h := range all {
+		found[i] = hierarchy{h}
+	}
+	return found
 })
+
+// hierarchy is one of them, as it is mounted on the node.
+type hierarchy struct{ cgroups.Mount }
 
 // cloneMount makes a mount like that of the directory, nowhere yet.
 func cloneMount(dir string, attr *unix.MountAttr) (int, error) {
@@ -103,75 +110,100 @@ func cloneMount(dir string, attr *unix.MountAttr) (int, error) {
 	return fd, nil
 }
 
-// mountView mounts what takeHierarchies has taken.
-func (c *Container) mountView(process initProcess) error {
-	if c.view == nil {
-		return nil
-	}
-	pid, err := process.Pid()
-	if err == nil {
-		err = mountHierarchies(pid, c.view)
-	}
-	if err != nil {
-		return fmt.Errorf("mount cgroups: %w", err)
-	}
-	return nil
+// view is that mount, nowhere yet, with the container's cgroup of each hierarchy.
+type view struct {
+	top   int // of a tmpfs
+	trees []tree
 }
 
-// mountHierarchies mounts tmpfs on the sysfs of a container whose program is not executed
-// yet, and in it the container's cgroup of each hierarchy.
-func mountHierarchies(pid int, m *configs.Mount) error {
-	if covered, err := sysfsCovered(pid); err != nil || covered {
-		return err
+// newView prepares it for cgroups that are there, beside the first steps of the container's
+// process. paths are keyed as cgroups.Manager has them.
+func newView(m *configs.Mount, paths map[string]string) (_ *view, err error) {
+	v := &view{}
+	if v.top, err = newTmpfs(); err != nil {
+		return nil, err
 	}
-	own, err := cgroups.ParseCgroupFile(fmt.Sprintf("/proc/%d/cgroup", pid))
-	if err != nil {
-		return err
-	}
-	top, err := newTmpfs()
-	if err != nil {
-		return err
-	}
-	defer unix.Close(top)
-	var trees []tree
 	defer func() {
-		for _, t := range trees {
-			unix.Close(t.fd)
+		if err != nil {
+			v.close()
 		}
 	}()
 	attr := unix.MountAttr{Attr_set: unix.MOUNT_ATTR_NOSUID | unix.MOUNT_ATTR_NODEV | unix.MOUNT_ATTR_NOEXEC, Propagation: unix.MS_PRIVATE}
 	if m.Flags&unix.MS_RDONLY != 0 {
 		attr.Attr_set |= unix.MOUNT_ATTR_RDONLY
 	}
-	for _, h := range hierarchies() {
-		dir, err := h.GetOwnCgroup(own)
-		if err != nil {
-			return err
-		}
-		rel, err := filepath.Rel(h.Root, dir)
-		if err != nil {
-			return err
-		}
-		fd, err := cloneMount(filepath.Join(h.Mountpoint, rel), &attr)
-		if err != nil {
-			return err
-		}
-		trees = append(trees, tree{filepath.Base(h.Mountpoint), fd})
+	own, err := cgroups.ParseCgroupFile("/proc/self/cgroup") // where it has none, it is in podmon's
+	if err != nil {
+		return nil, err
 	}
-	for _, t := range trees {
-		if err := unix.Mkdirat(top, t.name, 0o755); err != nil {
-			return fmt.Errorf("make %s in tmpfs: %w", t.name, err)
+	for _, h := range hierarchies() {
+		dir, err := h.directory(paths, own)
+		if err != nil {
+			return nil, err
+		}
+		fd, err := cloneMount(dir, &attr)
+		if err != nil {
+			return nil, err
+		}
+		v.trees = append(v.trees, tree{filepath.Base(h.Mountpoint), fd})
+	}
+	for _, t := range v.trees {
+		if err := unix.Mkdirat(v.top, t.name, 0o755); err != nil {
+			return nil, fmt.Errorf("make %s in tmpfs: %w", t.name, err)
 		}
 		if !strings.Contains(t.name, ",") {
 			continue
 		}
 		for alias := range strings.SplitSeq(t.name, ",") {
-			if err := unix.Symlinkat(t.name, top, alias); err != nil && !errors.Is(err, unix.EEXIST) {
-				return fmt.Errorf("make link %s in tmpfs: %w", alias, err)
+			if err := unix.Symlinkat(t.name, v.top, alias); err != nil && !errors.Is(err, unix.EEXIST) {
+				return nil, fmt.Errorf("make link %s in tmpfs: %w", alias, err)
 			}
 		}
 	}
-	return inMountNamespace(pid, func() error { return attach(top, trees) })
+	return v, nil
+}
+
+func (v *view) close() {
+	unix.Close(v.top)
+	for _, t := range v.trees {
+		unix.Close(t.fd)
+	}
+}
+
+// directory is the container's cgroup in the hierarchy.
+func (h hierarchy) directory(paths, own map[string]string) (string, error) {
+	for _, subsystem := range h.Subsystems { // a named one has lost its prefix
+		for _, key := range []string{subsystem, cgroups.CgroupNamePrefix + subsystem} {
+			if dir, ok := paths[key]; ok {
+				return dir, nil
+			}
+		}
+	}
+	dir, err := h.GetOwnCgroup(own)
+	if err != nil {
+		return "", err
+	}
+	rel, err := filepath.Rel(h.Root, dir)
+	if err != nil {
+		return "", err
+	}
+	return filepath.Join(h.Mountpoint, rel), nil
+}
+
+// mount mounts it on the sysfs of a container whose program is not executed yet.
+func (v *view) mount(process initProcess) error {
+	pid, err := process.Pid()
+	if err != nil {
+		return err
+	}
+	covered, err := sysfsCovered(pid)
+	if err == nil && !covered {
+		err = inMountNamespace(pid, v.attach)
+	}
+	if err != nil {
+		return fmt.Errorf("mount cgroups: %w", err)
+	}
+	return nil
 }
 
 // sysfsCovered tells whether there is something else above or below /sys/fs/cgroup than the
@@ -216,8 +248,8 @@ func newTmpfs() (int, error) {
 	return fd, nil
 }
 
-// attach puts the trees where they belong, in the mount namespace of the thread.
-func attach(top int, trees []tree) error {
+// attach puts it where it belongs, in the mount namespace of the thread.
+func (v *view) attach() error {
 	at, err := unix.Openat2(unix.AT_FDCWD, cgroupRoot, &unix.OpenHow{
 		Flags: unix.O_PATH | unix.O_DIRECTORY | unix.O_CLOEXEC, Resolve: unix.RESOLVE_NO_SYMLINKS,
 	})
@@ -226,11 +258,11 @@ func attach(top int, trees []tree) error {
 	}
 	defer unix.Close(at)
 	const both = unix.MOVE_MOUNT_F_EMPTY_PATH | unix.MOVE_MOUNT_T_EMPTY_PATH
-	if err := unix.MoveMount(top, "", at, "", both); err != nil {
+	if err := unix.MoveMount(v.top, "", at, "", both); err != nil {
 		return fmt.Errorf("mount tmpfs on %s: %w", cgroupRoot, err)
 	}
-	for _, t := range trees {
-		if err := unix.MoveMount(t.fd, "", top, t.name, unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
+	for _, t := range v.trees {
+		if err := unix.MoveMount(t.fd, "", v.top, t.name, unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
 			return fmt.Errorf("mount %s/%s: %w", cgroupRoot, t.name, err)
 		}
 	}

@@ -68,7 +68,7 @@ func (c *Container) start(r wire.StartRequest) (err error) {
 	if err != nil {
 		return err
 	}
-	c.view = c.takeHierarchies(config)
+	c.taken = c.takeHierarchies(config)
 	f, err := c.takeFilter(process, config)
 	if err != nil {
 		return err
