@@ -382,16 +382,24 @@ func keptOf(oci *specs.Spec) (json.RawMessage, error) {
 // Spec returns the OCI description a container was made with, or what is kept of it
 // when its file is gone and the container runs.
 func (m *Manager) Spec(id string) (*specs.Spec, error) {
+	var oci specs.Spec
+	if err := m.readSpec(id, &oci); err != nil {
+		return nil, err
+	}
+	return &oci, nil
+}
+
+// readSpec decodes what a caller wants of it.
+func (m *Manager) readSpec(id string, into any) error {
 	raw, err := os.ReadFile(m.specPath(id))
 	if c := m.all.Exact(id); errors.Is(err, os.ErrNotExist) && c != nil && c.Get().State == Running && c.Get().Kept != nil {
 		raw, err = c.Get().Kept, nil
 	}
 	if err != nil {
-		return nil, fmt.Errorf("read spec of container %s: %w", id, err)
+		return fmt.Errorf("read spec of container %s: %w", id, err)
 	}
-	var oci specs.Spec
-	if err := json.Unmarshal(raw, &oci); err != nil {
-		return nil, fmt.Errorf("decode spec of container %s: %w", id, err)
+	if err := json.Unmarshal(raw, into); err != nil {
+		return fmt.Errorf("decode spec of container %s: %w", id, err)
 	}
-	return &oci, nil
+	return nil
 }

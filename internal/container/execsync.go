@@ -213,9 +213,11 @@ func (m *Manager) execProcess(id string, cmd []string, tty bool) (*specs.Process
 	if len(cmd) == 0 {
 		return nil, fmt.Errorf("cmd: is empty: %w", errdefs.ErrInvalidArgument)
 	}
-	oci, err := m.Spec(id)
-	if err != nil {
+	var own struct {
+		Process *specs.Process `json:"process"`
+	}
+	if err := m.readSpec(id, &own); err != nil {
 		return nil, err
 	}
-	return spec.ForExec(oci, cmd, tty), nil
+	return spec.ForExec(own.Process, cmd, tty), nil
 }

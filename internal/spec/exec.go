@@ -6,13 +6,13 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 )
 
-// ForExec describes a process that joins the container of spec: it has the
-// user, groups, environment, working directory, capabilities, limits and labels
-// of the container's own process. With tty it has a terminal and TERM, which is
+// ForExec describes a process that joins a container: it has the user, groups,
+// environment, working directory, capabilities, limits and labels of the
+// container's own process. With tty it has a terminal and TERM, which is
 // xterm unless the container has set it. The result shares no memory that
 // either side changes.
-func ForExec(spec *specs.Spec, cmd []string, tty bool) *specs.Process {
-	p := *spec.Process
+func ForExec(own *specs.Process, cmd []string, tty bool) *specs.Process {
+	p := *own
 	p.Args = slices.Clone(cmd)
 	p.Env = slices.Clone(p.Env)
 	p.Terminal = tty

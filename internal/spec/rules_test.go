@@ -421,7 +421,7 @@ func TestResolvConf(t *testing.T) {
 func TestForExec(t *testing.T) {
 	spec, _ := containerCorpus[1].built(t) // kubelet's
 	before := slices.Clone(spec.Process.Env)
-	p := ForExec(spec, []string{"ps"}, true)
+	p := ForExec(spec.Process, []string{"ps"}, true)
 	if !slices.Equal(p.Args, []string{"ps"}) || !p.Terminal || !slices.Contains(p.Env, "TERM=xterm") {
 		t.Errorf("%+v", p)
 	}
@@ -432,7 +432,7 @@ func TestForExec(t *testing.T) {
 		t.Errorf("the container's spec was changed: %+v", spec.Process)
 	}
 	tty, _ := containerCorpus[2].built(t)
-	if p := ForExec(tty, []string{"ps"}, false); p.Terminal {
+	if p := ForExec(tty.Process, []string{"ps"}, false); p.Terminal {
 		t.Error("a terminal nobody asked for")
 	}
 }
