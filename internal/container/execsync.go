@@ -219,5 +219,8 @@ func (m *Manager) execProcess(id string, cmd []string, tty bool) (*specs.Process
 	if err := m.readSpec(id, &own); err != nil {
 		return nil, err
 	}
+	if own.Process == nil {
+		return nil, fmt.Errorf("spec of container %s has no process: %w", id, errdefs.ErrDataLoss)
+	}
 	return spec.ForExec(own.Process, cmd, tty), nil
 }
