@@ -26,7 +26,6 @@ import (
 	"os/signal"
 	"path/filepath"
 	"runtime"
-	"runtime/debug"
 	"strconv"
 	"strings"
 	"syscall"
@@ -75,8 +74,6 @@ func run(args []string) error {
 	if err != nil {
 		return err
 	}
-	// Memory is worth more than time here: podmon is idle nearly always.
-	debug.SetGCPercent(25)
 	// For "podmon init" only; this process has read its own already.
 	if err := os.Setenv("GOMAXPROCS", "1"); err != nil {
 		return err

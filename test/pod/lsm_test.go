@@ -75,19 +75,31 @@ func TestAppArmorConfines(t *testing.T) {
 		"localhost":  {apparmor(cri.SecurityProfile_Localhost, mine), mine + " (enforce)", false},
 		"deprecated": {security(func(s *cri.LinuxContainerSecurityContext) { s.ApparmorProfile = "localhost/" + mine }), mine + " (enforce)", false}, //nolint:staticcheck // what is tested
 	} {
-		t.Run(name, func(t *testing.T) {
-			c := p.With(t).Run(sleeper, tc.edit, admin)
-			c.WaitLog("ready")
-			if got := confinement(c.Process()); got != tc.label {
-				t.Errorf("PID 1 runs as %q, want %q", got, tc.label)
-			}
-			if got := c.Output("cat", "/proc/self/attr/current"); got != tc.label {
-				t.Errorf("a command runs as %q, want %q", got, tc.label)
-			}
-			if got := mayMount(c); got != tc.mount {
-				t.Errorf("may mount: %v, want %v", got, tc.mount)
-			}
-		})
+		for mode, filter := range map[string]cri.SecurityProfile_ProfileType{
+			"0": cri.SecurityProfile_Unconfined, "2": cri.SecurityProfile_RuntimeDefault, // podmon's own start
+		} {
+			t.Run(name+", seccomp "+filter.String(), func(t *testing.T) {
+				c := p.With(t).Run(sleeper, tc.edit, admin, security(func(s *cri.LinuxContainerSecurityContext) {
+					s.Seccomp = &cri.SecurityProfile{ProfileType: filter}
+				}))
+				c.WaitLog("ready")
+				if got := confinement(c.Process()); got != tc.label {
+					t.Errorf("PID 1 runs as %q, want %q", got, tc.label)
+				}
+				if got := c.Output("cat", "/proc/self/attr/current"); got != tc.label {
+					t.Errorf("a command runs as %q, want %q", got, tc.label)
+				}
+				if got := mayMount(c); got != tc.mount {
+					t.Errorf("may mount: %v, want %v", got, tc.mount)
+				}
+				if got := c.Process().Status("Seccomp"); got != mode {
+					t.Errorf("seccomp mode %s, want %s", got, mode)
+				}
+				if got := strings.Fields(c.Output("grep", "Seccomp:", "/proc/self/status")); len(got) != 2 || got[1] != mode {
+					t.Errorf("a command's is %q, want mode %s", got, mode)
+				}
+			})
+		}
 	}
 	t.Run("privileged", func(t *testing.T) {
 		p := n.With(t).RunPod(func(c *cri.PodSandboxConfig) { c.Linux.SecurityContext.Privileged = true })
