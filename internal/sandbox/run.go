@@ -95,17 +95,11 @@ func (m *Manager) run(ctx context.Context, cfg *runtime.PodSandboxConfig, handle
 // whatever fails before is given back by release.
 func (m *Manager) build(ctx context.Context, s *Sandbox) error {
 	r := s.Get()
-	if err := timeline.Do(ctx, "files and /dev/shm", func() error { return m.makeFiles(r) }); err != nil {
-		return err
-	}
 	if err := timeline.Do(ctx, "namespaces", func() error { return m.makeNamespaces(r) }); err != nil {
 		return err
 	}
-	if err := m.makeCgroup(r); err != nil {
-		return err
-	}
-	// The network needs the namespace alone, so that it is set up while the
-	// infra container starts: the two longest steps, side by side.
+	// The network needs the namespace alone, so that it is set up while all else is
+	// made and the infra container starts: the longest steps, side by side.
 	var (
 		network cni.Result
 		infra   monitor.Process
@@ -127,6 +121,12 @@ func (m *Manager) build(ctx context.Context, s *Sandbox) error {
 		})
 	}
 	g.Go(func() (err error) {
+		if err := timeline.Do(ctx, "files and /dev/shm", func() error { return m.makeFiles(r) }); err != nil {
+			return err
+		}
+		if err := m.makeCgroup(r); err != nil {
+			return err
+		}
 		return timeline.Do(ctx, "infra container", func() error {
 			infra, err = m.startInfra(ctx, r)
 			return err
