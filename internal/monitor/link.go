@@ -418,6 +418,9 @@ func awaitReady(ready *os.File, dir string) error {
 	return nil
 }
 
+// sealAttempts is how often seal asks again, 3 s in all.
+const sealAttempts = 20
+
 // seal copies a program into a memfd that nobody can change any more. libcontainer
 // recognises it and spares itself a copy at every start (CVE-2019-5736). build tells
 // it from other programs.
@@ -448,8 +451,16 @@ func seal(path string) (_ *os.File, build string, err error) {
 		return nil, "", fmt.Errorf("copy podmon: %w", err)
 	}
 	const seals = unix.F_SEAL_SEAL | unix.F_SEAL_SHRINK | unix.F_SEAL_GROW | unix.F_SEAL_WRITE
-	if _, err := unix.FcntlInt(uintptr(fd), unix.F_ADD_SEALS, seals); err != nil {
-		return nil, "", fmt.Errorf("seal podmon: %w", err)
+	// EBUSY: the kernel itself has held a page (migration, DAMON), and F_ADD_SEALS has waited
+	// 150 ms for it (mm/memfd.c, memfd_wait_for_pins).
+	for attempt := 0; ; attempt++ {
+		_, err := unix.FcntlInt(uintptr(fd), unix.F_ADD_SEALS, seals)
+		if err == nil {
+			break
+		}
+		if err != unix.EBUSY || attempt == sealAttempts {
+			return nil, "", fmt.Errorf("seal podmon: %w", err)
+		}
 	}
 	return f, hex.EncodeToString(sum.Sum(nil)), nil
 }

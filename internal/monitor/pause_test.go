@@ -8,7 +8,6 @@ import (
 	"path/filepath"
 	"reflect"
 	"slices"
-	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -155,15 +154,7 @@ func TestPauseIsWhatLibcontainerMakes(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			m := newMachine(t)
-			var one unix.CPUSet
-			one.Set(0)
-			threads, err := os.ReadDir(fmt.Sprintf("/proc/%d/task", m.podmons()[0]))
-			must(t, err)
-			for _, thread := range threads { // podmon's CPUs are not the pod's
-				tid, err := strconv.Atoi(thread.Name())
-				must(t, err)
-				must(t, unix.SchedSetaffinity(tid, &one))
-			}
+			m.narrow() // podmon's CPUs are not the pod's
 			by := func(pause bool) (string, monitor.Process) {
 				return m.startPause(func(r *monitor.StartRequest) {
 					edit(r.Spec)

@@ -4,9 +4,11 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -97,14 +99,17 @@ func TestExecIsWhatLibcontainerMakes(t *testing.T) {
 			if edit.process != nil {
 				edit.process(p)
 			}
-			stdout := newPipe(t)
-			ours, its := m.exec(t, id, p, stdout.w), m.exec(t, id, byLibcontainer(p), stdout.w)
+			stdout := [2]pipe{newPipe(t), newPipe(t)}
+			m.narrow()
+			ours, its := m.exec(t, id, p, stdout[0].w), m.exec(t, id, byLibcontainer(p), stdout[1].w)
 			var all []map[string]string
 			for _, x := range []*monitor.Exec{ours, its} {
 				for !strings.HasPrefix(procStat(x.PID), fmt.Sprintf("%d (sleep) S ", x.PID)) {
 					time.Sleep(time.Millisecond) // libcontainer answers before it executes the program
 				}
-				all = append(all, looks(t, id, monitor.Process{PID: x.PID}))
+				is := looks(t, id, monitor.Process{PID: x.PID})
+				is["descriptor 1"], _, _ = strings.Cut(is["descriptor 1"], ":") // each has a pipe of its own
+				all = append(all, is)
 			}
 			compare(t, all[0], all[1])
 			if all[0]["leads its session"] != "true" || all[0]["Threads"] != "1" {
@@ -121,12 +126,38 @@ func TestExecIsWhatLibcontainerMakes(t *testing.T) {
 				}
 			}
 			var st unix.Stat_t
-			must(t, unix.Fstat(int(stdout.w.Fd()), &st))
+			must(t, unix.Fstat(int(stdout[0].w.Fd()), &st))
 			if st.Uid != p.User.UID {
 				t.Errorf("its output belongs to user %d", st.Uid)
 			}
 		})
 	}
+}
+
+// narrow leaves podmon one CPU, which is not what processes of containers are to have.
+func (m *machine) narrow() {
+	m.t.Helper()
+	var one unix.CPUSet
+	one.Set(0)
+	threads, err := os.ReadDir(fmt.Sprintf("/proc/%d/task", m.podmons()[0]))
+	must(m.t, err)
+	for _, thread := range threads {
+		tid, err := strconv.Atoi(thread.Name())
+		must(m.t, err)
+		must(m.t, unix.SchedSetaffinity(tid, &one))
+	}
+}
+
+// children are a process's, zombies too.
+func children(t *testing.T, pid int) (list []string) {
+	t.Helper()
+	tasks, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", pid))
+	must(t, err)
+	for _, task := range tasks {
+		b, _ := os.ReadFile(task) // of a thread that has ended: none
+		list = append(list, strings.Fields(string(b))...)
+	}
+	return list
 }
 
 func compare(t *testing.T, ours, its map[string]string) {
@@ -140,6 +171,36 @@ func compare(t *testing.T, ours, its map[string]string) {
 		if ours[what] != its[what] {
 			t.Errorf("%s: %.300q, by libcontainer %.300q", what, ours[what], its[what])
 		}
+	}
+}
+
+// A container that may look into other processes, by CAP_SYS_PTRACE, sees nothing of the
+// host in one that is about to be executed in it, at whatever moment it stops that.
+func TestExecShowsNothingOfTheHost(t *testing.T) {
+	m := newMachine(t)
+	out, err := exec.Command("gcc", "-O1", "-static", "-o", filepath.Join(m.rootfs, "bin/peep"), "testdata/peep.c").CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	secret := filepath.Join(t.TempDir(), "secret")
+	must(t, os.WriteFile(secret, nil, 0o600))
+	id, _ := m.start("exec peep "+secret, func(r *monitor.StartRequest) {
+		caps := append([]string{"CAP_SYS_PTRACE"}, r.Spec.Process.Capabilities.Bounding...)
+		r.Spec.Process.Capabilities = &specs.LinuxCapabilities{Bounding: caps, Effective: caps, Permitted: caps}
+	})
+	m.awaitLog(id, "looks")
+	for range 40 {
+		x, err := m.Exec(t.Context(), monitor.ExecRequest{ContainerID: id, Process: process("true")})
+		must(t, err)
+		_, err = x.Wait(t.Context())
+		must(t, err)
+	}
+	log := m.logged(id)
+	if strings.Contains(log, "the host's file") {
+		t.Errorf("it has seen %d times what is the host's", strings.Count(log, "the host's file"))
+	}
+	if n := strings.Count(log, "\n"); n < 40 {
+		t.Errorf("it has looked %d times", n)
 	}
 }
 
@@ -165,6 +226,8 @@ func TestExecRefuses(t *testing.T) {
 	must(t, os.WriteFile(filepath.Join(m.rootfs, "bin/broken"), []byte("#!/no/such/shell\n"), 0o755))
 	must(t, os.WriteFile(filepath.Join(m.rootfs, "bin/script"), []byte("no program"), 0o755))
 	id, _ := m.start("exec sleep 1000")
+	m.exec(t, id, process("true"), nil).Wait(t.Context())
+	before := descriptors(t, m.podmons()[0])
 	for name, c := range map[string]struct {
 		edit func(*specs.Process)
 		want error // nil is any
@@ -191,12 +254,15 @@ func TestExecRefuses(t *testing.T) {
 			p := process("sleep", "1000")
 			c.edit(p)
 			var said []string
-			processes := []*specs.Process{p, byLibcontainer(p)}
-			if c.also == "exits" {
-				processes = processes[:1]
-			}
-			for _, p := range processes {
+			for i, p := range []*specs.Process{p, byLibcontainer(p)} {
 				x, err := m.Exec(t.Context(), monitor.ExecRequest{ContainerID: id, Process: p})
+				if i == 1 && c.also == "exits" { // by which it shows that it is libcontainer
+					must(t, err)
+					if e, err := x.Wait(t.Context()); err != nil || e.Code == 0 {
+						t.Errorf("exit %+v, %v", e, err)
+					}
+					continue
+				}
 				if err == nil {
 					_ = x.Kill(unix.SIGKILL)
 					t.Fatal("it is started")
@@ -210,6 +276,13 @@ func TestExecRefuses(t *testing.T) {
 				t.Errorf("%q, by libcontainer %q", said[0], said[1])
 			}
 		})
+	}
+	podmon := m.podmons()[0]
+	if n := descriptors(t, podmon); n != before {
+		t.Errorf("podmon had %d descriptors, and has %d", before, n)
+	}
+	if left := children(t, podmon); len(left) != 1 {
+		t.Errorf("podmon's children: %v", left)
 	}
 	left := strings.Fields(readFile(t, filepath.Join("/sys/fs/cgroup/pids", m.cgroup, id, "cgroup.procs")))
 	if len(left) != 1 {
@@ -382,6 +455,7 @@ func filterOf(t *testing.T, pid int) []unix.SockFilter {
 // A start under a filter is refused as by libcontainer, and leaves nothing.
 func TestFilteredRefuses(t *testing.T) {
 	for name, edit := range map[string]func(*specs.Process){
+		"no format":              func(p *specs.Process) { p.Args = []string{"/bin/script"} }, // which libcontainer does not tell
 		"no such program":        func(p *specs.Process) { p.Args = []string{"nonesuch"} },
 		"a directory":            func(p *specs.Process) { p.Args = []string{"/bin"} },
 		"no program":             func(p *specs.Process) { p.Args = []string{"/bin/plain"} },
@@ -389,14 +463,22 @@ func TestFilteredRefuses(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			m := newMachine(t)
+			must(t, os.WriteFile(filepath.Join(m.rootfs, "bin/script"), []byte("no program"), 0o755))
 			var said []string
-			for _, by := range []func(*specs.Process) *specs.Process{func(p *specs.Process) *specs.Process { return p }, byLibcontainer} {
+			for i, by := range []func(*specs.Process) *specs.Process{func(p *specs.Process) *specs.Process { return p }, byLibcontainer} {
 				id := m.id()
 				r := monitor.StartRequest{ID: id, Spec: m.spec(id, "sleep", "1000"), LogRoot: m.logs, LogPath: id + "/0.log"}
 				filtered(t)(&r)
 				edit(r.Spec.Process)
 				r.Spec.Process = by(r.Spec.Process)
 				_, err := m.Start(t.Context(), r)
+				if i == 1 && name == "no format" {
+					must(t, err)
+					if e := m.exit(id); e.Code == 0 {
+						t.Errorf("exit %+v", e)
+					}
+					return
+				}
 				if err == nil {
 					t.Fatal("it is started")
 				}

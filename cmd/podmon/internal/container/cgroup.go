@@ -80,7 +80,13 @@ func (c *Container) run(process *libcontainer.Process, f *filtered) error {
 	if err := errors.Join(err, <-mounted, c.hideCgroups()); err != nil {
 		return err
 	}
-	if err := c.lc.Exec(); err != nil || f == nil {
+	if f == nil {
+		return c.lc.Exec()
+	}
+	if err := seesProc(process); err != nil {
+		return err
+	}
+	if err := c.lc.Exec(); err != nil {
 		return err
 	}
 	if err := f.Execute(); err != nil {
@@ -101,9 +107,7 @@ func hasHooks(config *configs.Config) bool {
 // is the caller's to mount and to close.
 func (c *Container) startInit(process *libcontainer.Process, settings *cgroups.Cgroup, f *filtered) (v *view, err error) {
 	if !c.joins() { // it is f that needs more steps than one
-		if process.ExtraFiles, err = f.files(nil); err != nil {
-			return nil, err
-		}
+		process.ExtraFiles = f.files(c.m.executable, nil)
 		return nil, c.lc.Start(process)
 	}
 	wanted := *settings
@@ -116,10 +120,7 @@ func (c *Container) startInit(process *libcontainer.Process, settings *cgroups.C
 	}
 	process.ExtraFiles = []*os.File{order.File()}
 	if f != nil {
-		if process.ExtraFiles, err = f.files(order.File()); err != nil {
-			order.Close()
-			return nil, err
-		}
+		process.ExtraFiles = f.files(c.m.executable, order.File())
 	}
 	settings.Rootless, settings.Resources = true, &cgroups.Resources{}
 	// Beside the first steps of the process, which waits for them.
@@ -127,7 +128,7 @@ func (c *Container) startInit(process *libcontainer.Process, settings *cgroups.C
 	go func() {
 		err := makeCgroups(wanted, c.rec.CgroupPaths)
 		if err == nil {
-			err = order.Send(c.rec.CgroupPaths, true)
+			err = order.Send(c.rec.CgroupPaths, "", true)
 		}
 		if err == nil && c.taken != nil {
 			if v, err = newView(c.taken, c.rec.CgroupPaths); err != nil {
@@ -185,7 +186,7 @@ func (c *Container) startExec(process *libcontainer.Process) error {
 		return err
 	}
 	process.ExtraFiles = []*os.File{order.File()}
-	if err := order.Send(c.rec.CgroupPaths, false); err != nil {
+	if err := order.Send(c.rec.CgroupPaths, "", false); err != nil {
 		return settle(order, process, err)
 	}
 	return settle(order, process, c.lc.Run(process))

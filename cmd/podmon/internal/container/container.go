@@ -83,6 +83,8 @@ type Manager struct {
 	mu         sync.Mutex
 	containers map[string]*Container
 	filters    filter.Cache
+	executable *os.File     // podmon's own
+	privileges []string     // the capabilities that podmon has
 	execs      atomic.Int64 // running ones
 }
 
@@ -119,8 +121,8 @@ type Container struct {
 	files   sync.Mutex
 	deleted bool
 
-	filterOnce sync.Once
-	filter     *filter.Filter // see filterOf
+	filter     atomic.Pointer[filter.Filter] // see filterOf
+	unfiltered atomic.Bool                   // the log has why there is none
 
 	taken  *configs.Mount // by takeHierarchies; Start's own
 	killBy time.Time      // watch's own: when killing leftovers ends
@@ -167,6 +169,12 @@ func NewManager(c Config) (*Manager, error) {
 		}
 	}
 	var err error
+	if m.executable, err = os.Open("/proc/self/exe"); err != nil {
+		return nil, err
+	}
+	if m.privileges, err = ownCapabilities(); err != nil {
+		return nil, fmt.Errorf("capabilities: %w", err)
+	}
 	m.journal, err = stdio.NewJournal(m.journalOf(c.Owner))
 	return m, err
 }

@@ -49,7 +49,7 @@ func (c *Container) Exec(ctx context.Context, r wire.ExecRequest) (_ *Exec, err 
 	}
 	end := c.m.reaper.begin()
 	defer end()
-	process, err := c.runExec(lp, r)
+	process, err := c.runExec(ctx, lp, r)
 	if err != nil {
 		return nil, err
 	}
@@ -86,7 +86,7 @@ func (c *Container) Exec(ctx context.Context, r wire.ExecRequest) (_ *Exec, err 
 }
 
 // runExec starts the process: by itself what is plain, else by libcontainer.
-func (c *Container) runExec(lp *libcontainer.Process, r wire.ExecRequest) (initProcess, error) {
+func (c *Container) runExec(ctx context.Context, lp *libcontainer.Process, r wire.ExecRequest) (initProcess, error) {
 	c.life.RLock()
 	defer c.life.RUnlock()
 	if c.lc == nil || c.ended() {
@@ -94,8 +94,9 @@ func (c *Container) runExec(lp *libcontainer.Process, r wire.ExecRequest) (initP
 	}
 	var process initProcess = lp
 	var err error
-	if plain := c.plainExec(lp, r); plain != nil {
-		process, err = c.startPlain(plain)
+	config := c.lc.Config()
+	if plain := c.plainExec(&config, lp, r); plain != nil {
+		process, err = c.startPlain(ctx, plain)
 	} else {
 		err = c.startExec(lp)
 	}

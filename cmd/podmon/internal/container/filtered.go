@@ -1,12 +1,14 @@
 package container
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path"
+	"path/filepath"
 	"slices"
-	"sync"
 
+	securejoin "github.com/cyphar/filepath-securejoin"
 	"github.com/moby/sys/capability"
 	"github.com/opencontainers/runc/libcontainer"
 	"github.com/opencontainers/runc/libcontainer/configs"
@@ -53,7 +55,7 @@ func (c *Container) takeFilter(p *libcontainer.Process, config *configs.Config) 
 			return nil, err
 		}
 	}
-	bare, process, all, no := *config, *p, slices.Clone(ownCapabilities()), false
+	bare, process, all, no := *config, *p, slices.Clone(c.m.privileges), false
 	bare.Seccomp, bare.AppArmorProfile, bare.NoNewPrivileges = nil, "", false
 	process.Args, process.Env = start.Args(), []string{"HOME=/"}
 	process.UID, process.GID, process.AdditionalGroups = 0, 0, nil
@@ -64,19 +66,15 @@ func (c *Container) takeFilter(p *libcontainer.Process, config *configs.Config) 
 }
 
 // files are the process's extra files; cgroups is nil when it gets no order of cgroups.
-func (f *filtered) files(cgroups *os.File) ([]*os.File, error) {
-	exe, err := executable()
-	if err != nil {
-		return nil, err
-	}
+func (f *filtered) files(executable, cgroups *os.File) []*os.File {
 	proc := f.proc
 	if proc == nil {
-		proc = exe
+		proc = executable
 	}
 	if cgroups == nil {
-		cgroups = exe
+		cgroups = executable
 	}
-	return f.Files(cgroups, exe, proc), nil
+	return f.Files(cgroups, executable, proc)
 }
 
 func (f *filtered) close() {
@@ -86,25 +84,53 @@ func (f *filtered) close() {
 	}
 }
 
-// executable is podmon's own program.
-var executable = sync.OnceValues(func() (*os.File, error) { return os.Open("/proc/self/exe") })
-
 // ownCapabilities are the names of those that podmon has.
-var ownCapabilities = sync.OnceValue(func() (names []string) {
+func ownCapabilities() (names []string, err error) {
 	own, err := capability.NewPid2(0)
 	if err == nil {
 		err = own.Load()
 	}
 	if err != nil {
-		return nil // no start will succeed
+		return nil, err
 	}
 	for name, n := range capabilityNumbers() {
 		if own.Get(capability.PERMITTED, capability.Cap(n)) {
 			names = append(names, name)
 		}
 	}
-	return names
-})
+	return names, nil
+}
+
+// seesProc makes sure that what libcontainer executes by way of /proc in a container that
+// is set up, and as root, is what podmon has given it: nothing else than procfs is there.
+func seesProc(process initProcess) error {
+	pid, err := process.Pid()
+	if err != nil {
+		return err
+	}
+	root, err := os.OpenFile(fmt.Sprintf("/proc/%d/root", pid), unix.O_PATH|unix.O_DIRECTORY, 0)
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	fd, err := unix.Openat2(int(root.Fd()), "proc", &unix.OpenHow{
+		Flags: unix.O_PATH | unix.O_DIRECTORY | unix.O_NOFOLLOW | unix.O_CLOEXEC, Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS,
+	})
+	if err != nil {
+		return fmt.Errorf("look at the container's /proc: %w", err)
+	}
+	defer unix.Close(fd)
+	var fs unix.Statfs_t
+	var st unix.Stat_t
+	if err := errors.Join(unix.Fstatfs(fd, &fs), unix.Fstat(fd, &st)); err != nil {
+		return fmt.Errorf("look at the container's /proc: %w", err)
+	}
+	const rootOfProc = 1 // its inode (fs/proc, PROC_ROOT_INO)
+	if fs.Type != unix.PROC_SUPER_MAGIC || st.Ino != rootOfProc {
+		return errors.New("the container's /proc is something else")
+	}
+	return nil
+}
 
 // hasProc tells whether /proc is as podmon needs it, in the container.
 func hasProc(config *configs.Config) bool {
@@ -120,9 +146,15 @@ func hasProc(config *configs.Config) bool {
 	return has
 }
 
-// onVolume tells whether a path leads to something mounted from the node.
+// onVolume tells whether a path leads to something mounted from the node, also by the
+// image's links.
 func onVolume(name string, config *configs.Config) bool {
+	real, err := securejoin.SecureJoin(config.Rootfs, name)
+	if err != nil {
+		return true
+	}
 	return slices.ContainsFunc(config.Mounts, func(m *configs.Mount) bool {
-		return m.Device == "bind" && within(path.Clean("/"+name), path.Clean("/"+m.Destination))
+		dest := path.Clean("/" + m.Destination)
+		return m.Device == "bind" && (within(path.Clean("/"+name), dest) || within(real, filepath.Join(config.Rootfs, dest)))
 	})
 }

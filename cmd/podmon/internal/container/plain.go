@@ -1,13 +1,16 @@
 package container
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"maps"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 
 	"github.com/moby/sys/capability"
 	"github.com/opencontainers/cgroups"
@@ -29,15 +32,14 @@ var namespaceFlags = map[configs.NamespaceType]uintptr{
 // plainExec describes the process for startPlain, as libcontainer would make it from the
 // same; nil when something is asked for that only libcontainer does. What is not valid is
 // left to it, too, to refuse.
-func (c *Container) plainExec(p *libcontainer.Process, r wire.ExecRequest) *stage.Exec {
-	config := c.lc.Config()
+func (c *Container) plainExec(config *configs.Config, p *libcontainer.Process, r wire.ExecRequest) *stage.Exec {
 	if !c.joins() && !cgroups.IsCgroup2UnifiedMode() || p.ConsoleSocket != nil ||
 		p.Scheduler != nil || config.Scheduler != nil || p.IOPriority != nil || config.IOPriority != nil ||
 		p.CPUAffinity != nil || config.ExecCPUAffinity != nil || config.Personality != nil || config.MemoryPolicy != nil ||
-		config.IntelRdt != nil || config.Umask != nil || config.RootlessEUID {
+		config.IntelRdt != nil || config.Umask != nil || config.RootlessEUID || config.OomScoreAdj == nil {
 		return nil
 	}
-	program := c.programOf(p, &config)
+	program := c.programOf(p, config)
 	if program == nil {
 		return nil
 	}
@@ -103,13 +105,15 @@ func (c *Container) programOf(p *libcontainer.Process, config *configs.Config) *
 
 // filterOf is the container's seccomp filter; nil for one that only libcontainer installs.
 func (c *Container) filterOf(profile *configs.Seccomp) *filter.Filter {
-	c.filterOnce.Do(func() {
-		var err error
-		if c.filter, err = c.m.filters.Get(profile); err != nil && !errors.Is(err, filter.ErrNotify) {
-			c.log().WithError(err).Warn("libcontainer compiles the seccomp profile in each process")
-		}
-	})
-	return c.filter
+	if f := c.filter.Load(); f != nil {
+		return f
+	}
+	f, err := c.m.filters.Get(profile)
+	if err != nil && !errors.Is(err, filter.ErrNotify) && c.unfiltered.CompareAndSwap(false, true) {
+		c.log().WithError(err).Warn("libcontainer compiles the seccomp profile in each process")
+	}
+	c.filter.Store(f)
+	return f
 }
 
 // environment leaves the last of each variable; nil when there is something that
@@ -167,7 +171,7 @@ func firstOf(a, b string) string {
 // startPlain starts a process of the container without libcontainer: most execs are
 // kubelet's probes, which each would wait for a start of Go and for all of the container's
 // configuration to be read (stage.Exec).
-func (c *Container) startPlain(e *stage.Exec) (initProcess, error) {
+func (c *Container) startPlain(ctx context.Context, e *stage.Exec) (initProcess, error) {
 	order, err := stage.NewOrder()
 	if err != nil {
 		return nil, err
@@ -177,18 +181,31 @@ func (c *Container) startPlain(e *stage.Exec) (initProcess, error) {
 		return nil, err
 	}
 	defer e.Init.Close()
-	first, err := e.Start(order, c.rec.CgroupPaths)
+	instead, err := c.cgroupOfInit()
 	if err != nil {
 		return nil, err
 	}
+	first, err := e.Start(order, c.rec.CgroupPaths, instead)
+	if err != nil {
+		return nil, err
+	}
+	// In a frozen cgroup it would wait as long as that is.
+	forget := context.AfterFunc(ctx, func() {
+		order.Cancel() // the second one ends when it next says something
+		_ = first.Kill()
+	})
 	pid, err := order.Started()
+	forget()
 	if err != nil {
 		_ = first.Kill()
 		err = fmt.Errorf("unable to start container process: %w", err) // as libcontainer says it
 	}
-	_, _ = first.Wait()
+	state, _ := first.Wait()
 	if pid == 0 || pid == first.Pid {
-		return nil, err // there is one: nobody else can have said that all is well
+		if err == nil {
+			err = errors.New("exec: started by nobody")
+		}
+		return nil, killedEarly(err, state)
 	}
 	process, ferr := os.FindProcess(pid)
 	if ferr != nil {
@@ -196,8 +213,36 @@ func (c *Container) startPlain(e *stage.Exec) (initProcess, error) {
 	}
 	if err != nil {
 		_ = process.Kill()
-		_, _ = process.Wait()
-		return nil, err
+		state, _ = process.Wait()
+		return nil, killedEarly(err, state)
 	}
 	return child{process}, nil
+}
+
+// killedEarly says so when it was not podmon that has ended a process.
+func killedEarly(err error, state *os.ProcessState) error {
+	if !errors.Is(err, stage.ErrEnded) || state == nil {
+		return err
+	}
+	if status, ok := state.Sys().(syscall.WaitStatus); ok && status.Signaled() {
+		return fmt.Errorf("%w: %v (out of memory?)", err, status.Signal())
+	}
+	return err
+}
+
+// cgroupOfInit is where PID 1 is on cgroup v2: it may have moved to a cgroup below the
+// container's, as systemd does in a container, and a cgroup with such children takes no
+// process; or have left it, and it is gone.
+func (c *Container) cgroupOfInit() (string, error) {
+	if !cgroups.IsCgroup2UnifiedMode() {
+		return "", nil
+	}
+	own, err := cgroups.ParseCgroupFile(fmt.Sprintf("/proc/%d/cgroup", c.rec.Process.PID))
+	if err != nil {
+		return "", fmt.Errorf("cgroup of PID 1: %w", err)
+	}
+	if own[""] == "" {
+		return "", nil
+	}
+	return filepath.Join(cgroupRoot, own[""]), nil
 }

@@ -48,7 +48,7 @@ type Cache struct {
 	filters map[[sha256.Size]byte]func() (*Filter, error)
 }
 
-// Get compiles a profile, or has done so before. An error is kept, too: it will not pass.
+// Get compiles a profile, or has done so before. An error is kept, too, unless it may pass.
 func (c *Cache) Get(profile *configs.Seccomp) (*Filter, error) {
 	for _, call := range profile.Syscalls {
 		if call != nil && call.Action == configs.Notify {
@@ -70,8 +70,17 @@ func (c *Cache) Get(profile *configs.Seccomp) (*Filter, error) {
 		c.filters[key] = get
 	}
 	c.mu.Unlock()
-	return get()
+	f, err := get()
+	if errors.Is(err, errPassing) {
+		c.mu.Lock()
+		delete(c.filters, key)
+		c.mu.Unlock()
+	}
+	return f, err
 }
+
+// errPassing is the class of errors that are of the moment, not of the profile or the kernel.
+var errPassing = errors.New("try again")
 
 // Main is "podmon filter": it installs the profile on stdin for the process that traces it.
 func Main() {
@@ -96,7 +105,7 @@ func compile(profile []byte) (_ *Filter, err error) {
 	cmd.Args, cmd.Env, cmd.Stdin, cmd.Stderr = []string{"podmon", "filter"}, []string{}, bytes.NewReader(profile), &said
 	cmd.SysProcAttr = &syscall.SysProcAttr{Ptrace: true}
 	if err := cmd.Start(); err != nil {
-		return nil, fmt.Errorf("compile seccomp profile: %w", err)
+		return nil, fmt.Errorf("compile seccomp profile: %w: %w", err, errPassing)
 	}
 	late := time.AfterFunc(limit, func() { _ = cmd.Process.Kill() })
 	f, err := watch(cmd.Process.Pid)
@@ -155,6 +164,8 @@ func next(pid int) (unix.Signal, error) {
 			continue
 		case err != nil:
 			return 0, fmt.Errorf("trace: %w", err)
+		case status.Signaled():
+			return 0, fmt.Errorf("%v: %w", status.Signal(), errPassing)
 		case !status.Stopped():
 			return 0, errors.New("it has ended without a filter")
 		}

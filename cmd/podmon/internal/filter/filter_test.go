@@ -91,6 +91,37 @@ func TestGetRefuses(t *testing.T) {
 	}
 }
 
+// An error of the moment is not kept.
+func TestGetAgain(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root")
+	}
+	open, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var before unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &before); err != nil {
+		t.Fatal(err)
+	}
+	limit := func(cur uint64) {
+		t.Helper()
+		if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: cur, Max: before.Max}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var c Cache
+	limit(uint64(len(open)))
+	_, err = c.Get(defaultProfile(t))
+	limit(before.Cur)
+	if !errors.Is(err, errPassing) {
+		t.Errorf("without descriptors: %v", err)
+	}
+	if _, err := c.Get(defaultProfile(t)); err != nil {
+		t.Errorf("with descriptors again: %v", err)
+	}
+}
+
 func BenchmarkCompile(b *testing.B) {
 	p := defaultProfile(b)
 	for b.Loop() {

@@ -117,7 +117,7 @@ static void set_attribute(int proc, const char *name, const char *format, const 
 }
 
 // label has the program run under the profile and the label: the kernel keeps them until
-// the execution. proc is the host's, not one that the container has mounted.
+// the execution, in a child too. proc is the host's, not one that the container has mounted.
 static void label(int proc, const struct order *o)
 {
 	if (*o->selinux) {
@@ -215,7 +215,13 @@ static int executable(const char *path)
 		errno = EISDIR;
 		return -1;
 	}
-	return faccessat(AT_FDCWD, path, X_OK, AT_EACCESS);
+	if (faccessat(AT_FDCWD, path, X_OK, AT_EACCESS) == 0)
+		return 0;
+	if (errno != ENOSYS && errno != EPERM)
+		return -1;
+	// A profile does not allow the question; os/exec goes by the mode then, too.
+	errno = EACCES;
+	return st.st_mode & 0111 ? 0 : -1;
 }
 
 // find looks a program up as a shell does, and says what os/exec of Go would: what podmon
@@ -324,16 +330,20 @@ static void exec(void)
 	int proc = open("/proc", O_PATH | O_DIRECTORY | O_CLOEXEC);
 	if (proc < 0)
 		fail("open", "/proc");
-	if (o.r->namespaces & CLONE_NEWPID && setns(INIT, CLONE_NEWPID) < 0)
-		fail("join", "the PID namespace");
-	bear(join_cgroups()); // as a child, in that namespace too
+	struct birth in = join_cgroups();
+	label(proc, &o);
+	close(proc);
+	// Whoever has CAP_SYS_PTRACE in the container may look into what is in its PID namespace,
+	// the child, and can hold it up by a signal: it must have nothing of the host's. But it
+	// could not be born in a cgroup outside of its cgroup namespace.
+	if (setns(INIT, o.r->namespaces & ~CLONE_NEWCGROUP) < 0)
+		fail("join", "the namespaces");
+	bear(in); // as a child, in the PID namespace too
 
 	if (setsid() < 0)
 		fail("make", "a session");
-	label(proc, &o);
-	close(proc);
-	if (setns(INIT, o.r->namespaces & ~CLONE_NEWPID) < 0)
-		fail("join", "the namespaces");
+	if (o.r->namespaces & CLONE_NEWCGROUP && setns(INIT, CLONE_NEWCGROUP) < 0)
+		fail("join", "the cgroup namespace");
 	close(INIT);
 	// Kernels without keys have none to share.
 	if (*o.keyring && syscall(SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING, o.keyring, 0, 0, 0) < 0 && errno != ENOSYS)

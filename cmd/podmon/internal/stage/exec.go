@@ -103,7 +103,7 @@ func (e *Program) encode(namespaces uintptr, oomScoreAdj int) ([]byte, error) {
 
 // Start starts it in the cgroups, as Send has them. It returns the first process, which ends
 // when the one that Order.Started tells of is there.
-func (e *Exec) Start(o *Order, cgroups map[string]string) (*os.Process, error) {
+func (e *Exec) Start(o *Order, cgroups map[string]string, instead string) (*os.Process, error) {
 	text, err := e.encode(e.Namespaces, e.OOMScoreAdj)
 	if err != nil {
 		return nil, err
@@ -129,7 +129,7 @@ func (e *Exec) Start(o *Order, cgroups map[string]string) (*os.Process, error) {
 	if o.sendRequest(text) != nil {
 		return cmd.Process, nil // it has ended, and Started says why
 	}
-	if err := o.Send(cgroups, true); err != nil && !errors.Is(err, unix.EPIPE) && !errors.Is(err, unix.ECONNRESET) {
+	if err := o.Send(cgroups, instead, true); err != nil && !errors.Is(err, unix.EPIPE) && !errors.Is(err, unix.ECONNRESET) {
 		o.Cancel()
 		_, _ = cmd.Process.Wait()
 		return nil, err

@@ -74,8 +74,8 @@ static void tell(int32_t pid)
 		fail("tell of the move to", "cgroups");
 }
 
-// spawn makes a child, in the cgroup of the descriptor, if there is one. Its
-// parent is podmon, whom libcontainer's processes, too, must be children of.
+// spawn makes a child, in the cgroup of the descriptor if there is one. Its parent is podmon,
+// whom libcontainer's processes, too, must be children of.
 static long spawn(int cgroup)
 {
 	struct clone_args args = {.flags = CLONE_PARENT};
@@ -86,39 +86,50 @@ static long spawn(int cgroup)
 	return syscall(SYS_clone3, &args, sizeof(args));
 }
 
-void bear(const char *entry)
+// enter moves this process into the cgroup.
+static int enter(int cgroup)
 {
-	int cgroup = -1;
+	int fd = openat(cgroup, "cgroup.procs", O_WRONLY | O_CLOEXEC);
+	if (fd < 0)
+		return -1;
+	ssize_t n = write(fd, "0", 1);
+	int saved = errno;
+	close(fd);
+	errno = saved;
+	return n < 0 ? -1 : 0;
+}
+
+void bear(struct birth in)
+{
 	long pid = -1;
 
-	if (entry) {
-		cgroup = open(entry + 1, O_PATH | O_DIRECTORY | O_CLOEXEC);
-		if (cgroup >= 0)
-			pid = spawn(cgroup);
-		if (pid < 0) {
-			// The cgroup takes no new process, or there is a seccomp profile around podmon.
-			char procs[4096];
-			snprintf(procs, sizeof(procs), "%s/cgroup.procs", entry + 1);
-			if (put(procs, "0") < 0 && *entry == 'u')
-				fail("join", entry + 1);
-		}
-	}
+	for (int i = 0; i < CHOICES && pid < 0; i++)
+		if (in.cgroup[i] >= 0)
+			pid = spawn(in.cgroup[i]);
+	// None takes a new process, or there is a seccomp profile around podmon.
+	bool entered = false;
+	for (int i = 0; i < CHOICES && pid < 0 && !entered; i++)
+		entered = in.cgroup[i] >= 0 && enter(in.cgroup[i]) == 0;
+	if (pid < 0 && !entered && in.must)
+		fail("join", in.name);
 	if (pid < 0)
 		pid = spawn(-1);
 	if (pid < 0)
-		fail("fork in", entry ? entry + 1 : "podmon's cgroup");
+		fail("fork in", in.name);
 	if (pid > 0) {
 		tell(pid);
 		_exit(0);
 	}
-	if (cgroup >= 0)
-		close(cgroup);
+	for (int i = 0; i < CHOICES; i++)
+		if (in.cgroup[i] >= 0)
+			close(in.cgroup[i]);
 }
 
-const char *join_cgroups(void)
+struct birth join_cgroups(void)
 {
 	static char order[64 << 10];
-	const char *birth = NULL;
+	struct birth in = {.name = "the cgroup of podmon", .cgroup = {-1, -1}};
+	int choices = 0;
 
 	// It keeps its number taken, and is closed by the container's program.
 	if (fcntl(ORDER, F_SETFD, FD_CLOEXEC) < 0)
@@ -132,19 +143,21 @@ const char *join_cgroups(void)
 		fail("receive", "the order of cgroups");
 	}
 	for (char *entry = order + 1; entry < order + n; entry += strlen(entry) + 1) {
-		if (*entry == 'U' || *entry == 'u')
-			birth = entry;
-		else if (put(entry + 1, "0") < 0 && *entry == 't')
+		if ((*entry == 'U' || *entry == 'u') && choices < CHOICES) {
+			if (choices == 0)
+				in.name = entry + 1;
+			in.must = *entry == 'u';
+			in.cgroup[choices++] = open(entry + 1, O_PATH | O_DIRECTORY | O_CLOEXEC);
+		} else if (put(entry + 1, "0") < 0 && *entry == 't')
 			fail("join", entry + 1);
 	}
 	if (order[0] == 'r') {
 		// All CPUs that the cpuset allows: podmon's own affinity is not the container's.
 		static unsigned char all[8 << 10];
 		memset(all, 0xff, sizeof(all));
-		if (syscall(SYS_sched_setaffinity, 0, sizeof(all), all) < 0)
-			fail("take", "the CPUs of the cpuset");
+		syscall(SYS_sched_setaffinity, 0, sizeof(all), all); // else podmon's, as by libcontainer
 	}
-	return birth;
+	return in;
 }
 
 bool has_order(void)
@@ -164,9 +177,9 @@ void __attribute__((constructor(101))) podmon_join(void)
 	// number: its console or init socket comes before it, and both are streams.
 	if (!has_order())
 		return; // libcontainer moves the process
-	const char *birth = join_cgroups();
-	if (birth)
-		bear(birth);
+	struct birth in = join_cgroups();
+	if (in.cgroup[0] >= 0 || in.must)
+		bear(in);
 	else
 		tell(-1);
 }

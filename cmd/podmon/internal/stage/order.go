@@ -36,7 +36,8 @@ import (
 //	1 byte   'r': it may use all CPUs of its cpuset, whatever podmon may
 //	then     a letter and a path, each ended by a zero byte: 't' for the "tasks" file of a
 //	         v1 cgroup, 'T' for one that it joins where it can, 'u' and 'U' for the
-//	         directory of a v2 one, the same
+//	         directory of a v2 one, the same; a second 'u' is for when the first
+//	         takes no process
 //
 // What comes from it is told by its length:
 //
@@ -45,6 +46,9 @@ import (
 //	1 byte   it is about to execute the program
 //	more     why it ends
 type Order struct{ ours, theirs *os.File }
+
+// ErrEnded is returned for a process that has said nothing of its end.
+var ErrEnded = errors.New("it has ended before its time")
 
 // limit is the size of join.c's buffer.
 const limit = 64 << 10
@@ -65,9 +69,10 @@ func NewOrder() (*Order, error) {
 }
 
 // Send has the process join the cgroups, whose keys are the subsystems as cgroups.Manager
-// has them. They must be there. It may be called before the process is.
-func (o *Order) Send(paths map[string]string, resetAffinity bool) error {
-	text := encode(paths, resetAffinity)
+// has them. They must be there, but that of v2, when another one is given instead. It may
+// be called before the process is.
+func (o *Order) Send(paths map[string]string, instead string, resetAffinity bool) error {
+	text := encode(paths, instead, resetAffinity)
 	if len(text) >= limit {
 		return errors.New("send the order of cgroups: too long")
 	}
@@ -80,16 +85,13 @@ func (o *Order) Send(paths map[string]string, resetAffinity bool) error {
 // Cancel ends a process that has got no order, or will be made without one.
 func (o *Order) Cancel() { _ = unix.Shutdown(int(o.ours.Fd()), unix.SHUT_RDWR) }
 
-func encode(paths map[string]string, resetAffinity bool) []byte {
+func encode(paths map[string]string, instead string, resetAffinity bool) []byte {
 	text := bytes.NewBuffer(make([]byte, 0, 2<<10))
 	text.WriteByte(map[bool]byte{true: 'r', false: '-'}[resetAffinity])
 	var entries []string
 	for subsystem, dir := range paths {
 		switch {
-		case subsystem == "" && len(paths) == 1:
-			entries = append(entries, "u"+dir)
 		case subsystem == "":
-			entries = append(entries, "U"+dir)
 		case subsystem == "misc" || strings.HasPrefix(subsystem, "name="):
 			// The cgroups package joins these where it can.
 			entries = append(entries, "T"+filepath.Join(dir, "tasks"))
@@ -97,12 +99,20 @@ func encode(paths map[string]string, resetAffinity bool) []byte {
 			entries = append(entries, "t"+filepath.Join(dir, "tasks"))
 		}
 	}
-	// The 'U' comes last by that: what is born there is in all others already. Several
-	// subsystems may have one hierarchy.
-	slices.SortFunc(entries, func(a, b string) int {
-		return strings.Compare(strings.ToLower(a), strings.ToLower(b))
-	})
-	for _, entry := range slices.Compact(entries) {
+	slices.Sort(entries)
+	entries = slices.Compact(entries) // several subsystems may have one hierarchy
+	// Last: what is born there is in all others already.
+	letter := "U"
+	if len(entries) == 0 {
+		letter = "u"
+	}
+	if dir, ok := paths[""]; ok {
+		entries = append(entries, letter+dir)
+	}
+	if instead != "" && instead != paths[""] {
+		entries = append(entries, letter+instead)
+	}
+	for _, entry := range entries {
 		text.WriteString(entry)
 		text.WriteByte(0)
 	}
@@ -151,7 +161,7 @@ func (o *Order) Started() (pid int, err error) {
 		case len(text) == 0 && told:
 			return pid, nil
 		case len(text) == 0:
-			return pid, errors.New("it has ended before its time")
+			return pid, ErrEnded
 		}
 		pid = sender
 		switch len(text) {

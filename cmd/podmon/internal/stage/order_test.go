@@ -92,7 +92,7 @@ func ordered(t *testing.T, paths map[string]string, resetAffinity bool) *Order {
 	t.Helper()
 	o, err := NewOrder()
 	if err == nil {
-		err = o.Send(paths, resetAffinity)
+		err = o.Send(paths, "", resetAffinity)
 	}
 	if err != nil {
 		t.Fatal(err)

@@ -18,10 +18,17 @@ int put(const char *path, const char *value);
 // has_order tells whether there is an order to wait for.
 bool has_order(void);
 
-// join_cgroups waits for the order and obeys it, but for the cgroup v2 that a process is to
-// be born in, which is returned, for bear; NULL when there is none.
-const char *join_cgroups(void);
+// A cgroup v2 that a process is to be born in: the first that takes it; -1 is none.
+#define CHOICES 2
+struct birth {
+	int cgroup[CHOICES]; // descriptors
+	bool must;	     // or it must not be born
+	const char *name;
+};
 
-// bear goes on as another child of podmon's, who is told of its PID: born in the cgroup v2
-// that join_cgroups has returned, or in that of its maker.
-void bear(const char *cgroup);
+// join_cgroups waits for the order and obeys it, but for the cgroup v2 that a process is to
+// be born in, which is returned, for bear.
+struct birth join_cgroups(void);
+
+// bear goes on as another child of podmon's, who is told of its PID, born in the cgroup.
+void bear(struct birth in);
