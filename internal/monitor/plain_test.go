@@ -500,22 +500,38 @@ func filtered(t testing.TB) func(*monitor.StartRequest) {
 	}
 }
 
-// BenchmarkSeccomp is a start of a container with the default profile, and an exec there.
-func BenchmarkSeccomp(b *testing.B) {
-	m, s := newMachine(b), steps{}
+// BenchmarkByWhom is a start of a container and an exec there, without a filter and with the
+// default one, by podmon itself and by libcontainer in turns.
+func BenchmarkByWhom(b *testing.B) {
+	m := newMachine(b)
+	whose := map[string]func(*specs.Process) *specs.Process{
+		"podmon": func(p *specs.Process) *specs.Process { return p }, "libcontainer": byLibcontainer,
+	}
+	s := steps{}
 	for b.Loop() {
-		var id string
-		apart()
-		s.time("start", func() { id, _ = m.start("exec sleep 1000", filtered(b)) })
-		apart()
-		s.time("exec", func() {
-			x, err := m.Exec(b.Context(), monitor.ExecRequest{ContainerID: id, Process: process("true")})
-			must(b, err)
-			if e, err := x.Wait(b.Context()); err != nil || e.Code != 0 {
-				b.Fatalf("%+v, %v", e, err)
+		for _, filter := range []string{"plain", "filtered"} {
+			for name, by := range whose {
+				var id string
+				apart()
+				s.time(filter+"-start-"+name, func() {
+					id, _ = m.start("exec sleep 1000", func(r *monitor.StartRequest) {
+						if filter == "filtered" {
+							filtered(b)(r)
+						}
+						r.Spec.Process = by(r.Spec.Process)
+					})
+				})
+				apart()
+				s.time(filter+"-exec-"+name, func() {
+					x, err := m.Exec(b.Context(), monitor.ExecRequest{ContainerID: id, Process: by(process("true"))})
+					must(b, err)
+					if e, err := x.Wait(b.Context()); err != nil || e.Code != 0 {
+						b.Fatalf("%+v, %v", e, err)
+					}
+				})
+				must(b, m.Delete(b.Context(), id))
 			}
-		})
-		must(b, m.Delete(b.Context(), id))
+		}
 	}
 	s.report(b)
 }
