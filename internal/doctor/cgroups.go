@@ -22,7 +22,7 @@ const killLimit = 10 * time.Second
 
 // lookAtCgroups lists pods' and containers' cgroups, in every hierarchy, and the
 // processes that are in them or on podshim's root filesystems.
-func (d *Doctor) lookAtCgroups(_ context.Context, m *machineView, parents []string) ([]Finding, error) {
+func (d *Doctor) lookAtCgroups(ctx context.Context, m *machineView, parents []string) ([]Finding, error) {
 	dirs := map[string][]string{} // by the path within a hierarchy
 	for _, mount := range m.mounts {
 		if mount.FSType != "cgroup" && mount.FSType != "cgroup2" {
@@ -34,7 +34,10 @@ func (d *Doctor) lookAtCgroups(_ context.Context, m *machineView, parents []stri
 			}
 		}
 	}
-	found := d.lookAtProcesses(m, dirs)
+	found, err := d.lookAtProcesses(ctx, m, dirs)
+	if err != nil {
+		return nil, err
+	}
 	for path, places := range dirs {
 		found = append(found, Finding{
 			Kind: Cgroup, Name: path, ID: lastID(path), mortal: isContainers(path),
@@ -111,7 +114,14 @@ func lastID(path string) string {
 // lookAtProcesses lists the processes in those cgroups, and those on podshim's
 // roots. What podmon has as a child is podmon's to end: an exec that is being
 // started is in no cgroup of its container yet.
-func (d *Doctor) lookAtProcesses(m *machineView, dirs map[string][]string) []Finding {
+func (d *Doctor) lookAtProcesses(ctx context.Context, m *machineView, dirs map[string][]string) ([]Finding, error) {
+	var keys map[string]string
+	if d.Images != nil {
+		var err error
+		if keys, err = d.Images.SnapshotDirs(ctx); err != nil {
+			return nil, err
+		}
+	}
 	podmons := map[int]bool{}
 	for _, p := range m.processes {
 		podmons[p.PID] = podmons[p.PID] || p.podmon
@@ -121,6 +131,11 @@ func (d *Doctor) lookAtProcesses(m *machineView, dirs map[string][]string) []Fin
 		within := p.cgroupIn(dirs)
 		if podmons[p.parent] || p.podmon || within == "" && !p.ours {
 			continue
+		}
+		if key, ok := keys[p.snapshot]; ok {
+			p.rootID = ownerOf(key)
+		} else if p.snapshot != "" && d.Images == nil && within == "" {
+			continue // nobody can tell whose root it is
 		}
 		f := Finding{
 			Kind: Process, Name: fmt.Sprintf("%d (%s)", p.PID, p.name),
@@ -137,7 +152,7 @@ func (d *Doctor) lookAtProcesses(m *machineView, dirs map[string][]string) []Fin
 		}
 		found = append(found, f)
 	}
-	return found
+	return found, nil
 }
 
 // cgroupIn is the process's cgroup among dirs, or the one above it; "" is none.

@@ -17,10 +17,8 @@ func (d *Doctor) lookAtImages(ctx context.Context, _ *machineView, _ []string) (
 	}
 	var found []Finding
 	for _, key := range keys {
-		// ID, ID-image-N or infra-ID.
-		id, _, _ := strings.Cut(strings.TrimPrefix(key, "infra-"), "-")
 		found = append(found, Finding{
-			Kind: Snapshot, Name: key, ID: id,
+			Kind: Snapshot, Name: key, ID: ownerOf(key),
 			Why:    "no record has the ID that it was made for",
 			Remedy: "remove it, and the layers that only it needed",
 			there:  func() bool { return d.hasSnapshot(ctx, key) },
@@ -49,6 +47,12 @@ func (d *Doctor) lookAtImages(ctx context.Context, _ *machineView, _ []string) (
 		})
 	}
 	return found, nil
+}
+
+// ownerOf is whose snapshot has the key: ID, ID-image-N or infra-ID.
+func ownerOf(key string) string {
+	id, _, _ := strings.Cut(strings.TrimPrefix(key, "infra-"), "-")
+	return id
 }
 
 // damagedImages are the layers that are not as they were unpacked, and images whose

@@ -29,9 +29,10 @@ type process struct {
 	spaces [2]uint64 // inodes of its network and user namespaces
 	podmon bool      // is one of this podshim
 	// ours: its root filesystem is podshim's, a container's or infra's; rootID is
-	// whose, as long as that is mounted.
-	ours   bool
-	rootID string
+	// whose, as long as that is mounted on the node, and snapshot the directory it is
+	// written to. A started container's is not mounted there any more.
+	ours             bool
+	rootID, snapshot string
 }
 
 func readMachine(run, root string) (*machineView, error) {
@@ -52,7 +53,7 @@ func readMachine(run, root string) (*machineView, error) {
 		}
 		if p, err := readProcess(pid); err == nil { // else it has ended meanwhile
 			p.podmon = p.isPodmon(run)
-			p.ours, p.rootID = p.onRoot(roots, filepath.Join(root, "images", "snapshots"))
+			p.onRoot(roots, filepath.Join(root, "images", "snapshots"))
 			m.processes = append(m.processes, p)
 		}
 	}
@@ -117,24 +118,31 @@ func rootsBelow(run string) map[[2]uint64]string {
 	return roots
 }
 
-// onRoot tells whether the process sees one of these root filesystems as its own,
-// or one that is written to a snapshot.
-func (p process) onRoot(roots map[[2]uint64]string, snapshots string) (ours bool, id string) {
+// onRoot notes whether the process sees one of these root filesystems as its own, or one
+// that is written to a snapshot.
+func (p *process) onRoot(roots map[[2]uint64]string, snapshots string) {
 	if root, err := inode(p.path("root")); err == nil {
-		if id, ours = roots[root]; ours {
-			return true, id
+		if p.rootID, p.ours = roots[root]; p.ours {
+			return
 		}
 	}
 	f, err := os.Open(p.path("mountinfo"))
 	if err != nil {
-		return false, ""
+		return
 	}
 	defer f.Close()
 	mounts, err := mountinfo.GetMountsFromReader(f, func(m *mountinfo.Info) (skip, stop bool) {
 		return m.Mountpoint != "/" || m.FSType != "overlay", false
 	})
-	return err == nil && len(mounts) > 0 &&
-		strings.Contains(mounts[len(mounts)-1].VFSOptions, "upperdir="+snapshots+"/"), ""
+	if err != nil || len(mounts) == 0 {
+		return
+	}
+	for option := range strings.SplitSeq(mounts[len(mounts)-1].VFSOptions, ",") {
+		if dir, ok := strings.CutPrefix(option, "upperdir="+snapshots+"/"); ok {
+			p.ours = true
+			p.snapshot, _, _ = strings.Cut(dir, "/")
+		}
+	}
 }
 
 // inode is what tells files apart: device and number.

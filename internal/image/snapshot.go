@@ -205,6 +205,25 @@ func (s *Store) Snapshots(ctx context.Context) ([]string, error) {
 	return keys, nil
 }
 
+// SnapshotDirs are the keys of all snapshots that Prepare and View made, by the names of
+// their directories in Root/snapshots.
+func (s *Store) SnapshotDirs(ctx context.Context) (map[string]string, error) {
+	dirs := map[string]string{}
+	err := s.meta.WithTransaction(s.quiet(ctx), false, func(ctx context.Context) error {
+		all, err := storage.IDMap(ctx)
+		for id, name := range all {
+			if key, ok := strings.CutPrefix(name, userPrefix); ok {
+				dirs[id] = key
+			}
+		}
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("read snapshot records: %w", err)
+	}
+	return dirs, nil
+}
+
 // FsInfo tells what the images take on which filesystem. It adds up records and
 // walks no directory.
 func (s *Store) FsInfo(ctx context.Context) (FsInfo, error) {

@@ -197,9 +197,9 @@ func TestExecShowsNothingOfTheHost(t *testing.T) {
 	}
 	log := m.logged(id)
 	if strings.Contains(log, "the host's file") {
-		t.Errorf("it has seen %d times what is the host's", strings.Count(log, "the host's file"))
+		t.Errorf("it has seen %d times what is the host's: %.500s", strings.Count(log, "the host's file"), log)
 	}
-	if n := strings.Count(log, "\n"); n < 40 {
+	if n := strings.Count(log, "looked"); n < 20 { // some are over before they can be stopped
 		t.Errorf("it has looked %d times", n)
 	}
 }

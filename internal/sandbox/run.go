@@ -98,6 +98,9 @@ func (m *Manager) build(ctx context.Context, s *Sandbox) error {
 	if err := timeline.Do(ctx, "namespaces", func() error { return m.makeNamespaces(r) }); err != nil {
 		return err
 	}
+	if err := m.makeCgroup(r); err != nil { // plugins may be told of it
+		return err
+	}
 	// The network needs the namespace alone, so that it is set up while all else is
 	// made and the infra container starts: the longest steps, side by side.
 	var (
@@ -122,9 +125,6 @@ func (m *Manager) build(ctx context.Context, s *Sandbox) error {
 	}
 	g.Go(func() (err error) {
 		if err := timeline.Do(ctx, "files and /dev/shm", func() error { return m.makeFiles(r) }); err != nil {
-			return err
-		}
-		if err := m.makeCgroup(r); err != nil {
 			return err
 		}
 		return timeline.Do(ctx, "infra container", func() error {

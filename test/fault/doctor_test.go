@@ -422,6 +422,37 @@ func (p *patient) plantLayer(id string) {
 	})
 }
 
+// An operator's shell in a running container, in none of its cgroups, belongs to it.
+func TestDoctorLeavesAnOperatorsShell(t *testing.T) {
+	p := newPatient(t)
+	c := p.pod.Run([]string{"sleep", "100000"})
+	p.before = p.life()
+	shell := exec.Command("nsenter", "-t", fmt.Sprint(c.Process().PID), "-m", "-r", "--", "sleep", "99999")
+	p.must(shell.Start())
+	defer func() {
+		_ = shell.Process.Kill()
+		_ = shell.Wait()
+	}()
+	asked(t, "nsenter has executed the command", func() bool {
+		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", shell.Process.Pid))
+		return err == nil && string(b) == "sleep\x0099999\x00"
+	})
+	look := func() {
+		t.Helper()
+		if d := doctor(t, p.n, "--repair"); len(d.Findings) > 0 {
+			t.Errorf("named: %+v", d.Findings)
+		}
+		if q, err := harness.ReadProcess(shell.Process.Pid); err != nil || q.State == "Z" {
+			t.Errorf("the operator's shell has been ended: %v", err)
+		}
+		p.untouched()
+	}
+	look()
+	p.n.Stop()
+	look()
+	p.n.Resume()
+}
+
 // Layers that are not as they were unpacked are found, and by the repair brought again
 // with the next pull, beside a daemon and without. What runs on one of them runs on.
 func TestDoctorFindsDamagedLayers(t *testing.T) {

@@ -1,17 +1,24 @@
 // Holds up, by SIGSTOP, each process that comes into its PID namespace, as early as it can,
 // and looks by way of /proc whether it has a file at the path: one of the host's.
 #define _GNU_SOURCE
-#include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
 #include <stdio.h>
-#include <string.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+static void look(int pid, const char *through, const char *file)
+{
+	char path[4400];
+	snprintf(path, sizeof(path), "/proc/%d/%s%s", pid, through, file);
+	int fd = open(path, O_RDONLY);
+	if (fd >= 0)
+		printf("%s: the host's file\n", through);
+	close(fd);
+}
+
 int main(int argc, char **argv)
 {
-	char path[4200];
 	int next = fork();
 
 	if (next == 0)
@@ -23,14 +30,14 @@ int main(int argc, char **argv)
 		for (int ahead = 0; kill(next, SIGSTOP) < 0; ahead = (ahead + 1) % 12)
 			if (kill(next + ahead, 0) == 0)
 				next += ahead;
-		for (int who = 0; who < 3; who++) { // its root, its directory, what it has open
-			static const char *const of[] = {"root", "cwd", "fd/5"};
-			snprintf(path, sizeof(path), "/proc/%d/%s%s", next, of[who], argv[1]);
-			int fd = open(path, O_RDONLY);
-			printf("%s\n", fd >= 0 ? "the host's file" : strerror(errno));
-			if (fd >= 0)
-				close(fd);
+		look(next, "root", argv[1]);
+		look(next, "cwd", argv[1]);
+		for (int fd = 0; fd < 16; fd++) { // also by way of what it has open (CVE-2024-21626)
+			char name[128];
+			snprintf(name, sizeof(name), "fd/%d/../../../../../../../..", fd);
+			look(next, name, argv[1]);
 		}
+		printf("looked\n");
 		fflush(stdout);
 		kill(next, SIGCONT);
 	}

@@ -14,6 +14,7 @@ import (
 	"github.com/opencontainers/runc/libcontainer"
 	"github.com/opencontainers/runc/libcontainer/configs"
 	"github.com/opencontainers/runtime-spec/specs-go"
+	"github.com/sirupsen/logrus"
 	"golang.org/x/sys/unix"
 
 	"github.com/podshim/podshim/cmd/podmon/internal/stage"
@@ -56,7 +57,8 @@ func isPause(r wire.StartRequest) bool {
 	if len(linux.Sysctl) == 0 {
 		linux.Sysctl = nil
 	}
-	if _, err := stage.Empty(); err != nil { // a kernel before 5.2, or a seccomp profile around podmon
+	if _, err := stage.Empty(); err != nil { // a seccomp profile around podmon
+		logrus.WithError(err).Warn("libcontainer starts a pod's pause")
 		return false
 	}
 	return root.Path != "" && reflect.DeepEqual(rest, specs.Spec{}) &&

@@ -172,51 +172,88 @@ func firstOf(a, b string) string {
 // kubelet's probes, which each would wait for a start of Go and for all of the container's
 // configuration to be read (stage.Exec).
 func (c *Container) startPlain(ctx context.Context, e *stage.Exec) (initProcess, error) {
-	order, err := stage.NewOrder()
+	instead, err := c.cgroupOfInit()
 	if err != nil {
 		return nil, err
 	}
-	defer order.Close()
 	if e.Init, err = openPidfd(c.rec.Process); err != nil {
 		return nil, err
 	}
 	defer e.Init.Close()
-	instead, err := c.cgroupOfInit()
+	order, err := stage.NewOrder()
 	if err != nil {
 		return nil, err
 	}
 	first, err := e.Start(order, c.rec.CgroupPaths, instead)
 	if err != nil {
+		order.Close()
 		return nil, err
 	}
-	// In a frozen cgroup it would wait as long as that is.
-	forget := context.AfterFunc(ctx, func() {
-		order.Cancel() // the second one ends when it next says something
-		_ = first.Kill()
-	})
-	pid, err := order.Started()
-	forget()
+	type result struct {
+		process initProcess
+		err     error
+	}
+	started := make(chan result, 1)
+	c.m.reaper.own(first.Pid)
+	go func() {
+		defer order.Close()
+		process, err := awaitPlain(order, first)
+		c.m.reaper.disown(first.Pid)
+		started <- result{process, err}
+	}()
+	select {
+	case r := <-started:
+		return r.process, r.err
+	case <-ctx.Done():
+	}
+	// In a frozen cgroup it may not even end before that is thawed; nobody waits for it.
+	order.Cancel()
+	_ = first.Kill()
+	go func() {
+		if r := <-started; r.err == nil {
+			_ = r.process.Signal(unix.SIGKILL)
+			_, _ = r.process.Wait()
+		}
+		c.m.reaper.look()
+	}()
+	return nil, context.Cause(ctx)
+}
+
+// awaitPlain returns the process that has executed its program, and reaps the others.
+func awaitPlain(order *stage.Order, first *os.Process) (initProcess, error) {
+	born, err := order.Started()
 	if err != nil {
 		_ = first.Kill()
 		err = fmt.Errorf("unable to start container process: %w", err) // as libcontainer says it
 	}
 	state, _ := first.Wait()
-	if pid == 0 || pid == first.Pid {
+	for _, pid := range born.Before {
+		if pid == first.Pid {
+			continue
+		}
+		if p, ferr := os.FindProcess(pid); ferr == nil {
+			if err != nil {
+				_ = p.Kill()
+			}
+			state, _ = p.Wait()
+		}
+	}
+	if born.Last == 0 || born.Last == first.Pid {
 		if err == nil {
 			err = errors.New("exec: started by nobody")
 		}
 		return nil, killedEarly(err, state)
 	}
-	process, ferr := os.FindProcess(pid)
+	last, ferr := os.FindProcess(born.Last)
 	if ferr != nil {
 		return nil, fmt.Errorf("find the new process: %w", ferr)
 	}
 	if err != nil {
-		_ = process.Kill()
-		state, _ = process.Wait()
+		_ = last.Kill()
+		state, _ = last.Wait()
 		return nil, killedEarly(err, state)
 	}
-	return child{process}, nil
+	return child{last}, nil
 }
 
 // killedEarly says so when it was not podmon that has ended a process.

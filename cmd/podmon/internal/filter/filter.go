@@ -82,6 +82,9 @@ func (c *Cache) Get(profile *configs.Seccomp) (*Filter, error) {
 // errPassing is the class of errors that are of the moment, not of the profile or the kernel.
 var errPassing = errors.New("try again")
 
+// refused is the exit code of "podmon filter" for a profile that it cannot install.
+const refused = 1
+
 // Main is "podmon filter": it installs the profile on stdin for the process that traces it.
 func Main() {
 	var profile configs.Seccomp
@@ -93,7 +96,7 @@ func Main() {
 		err = errors.New("nobody has ended this process")
 	}
 	fmt.Fprintln(os.Stderr, err)
-	os.Exit(1)
+	os.Exit(refused)
 }
 
 // compile runs "podmon filter".
@@ -105,7 +108,12 @@ func compile(profile []byte) (_ *Filter, err error) {
 	cmd.Args, cmd.Env, cmd.Stdin, cmd.Stderr = []string{"podmon", "filter"}, []string{}, bytes.NewReader(profile), &said
 	cmd.SysProcAttr = &syscall.SysProcAttr{Ptrace: true}
 	if err := cmd.Start(); err != nil {
-		return nil, fmt.Errorf("compile seccomp profile: %w: %w", err, errPassing)
+		for _, e := range []error{unix.EMFILE, unix.ENFILE, unix.EAGAIN, unix.ENOMEM} {
+			if errors.Is(err, e) {
+				err = fmt.Errorf("%w: %w", err, errPassing)
+			}
+		}
+		return nil, fmt.Errorf("compile seccomp profile: %w", err)
 	}
 	late := time.AfterFunc(limit, func() { _ = cmd.Process.Kill() })
 	f, err := watch(cmd.Process.Pid)
@@ -166,6 +174,8 @@ func next(pid int) (unix.Signal, error) {
 			return 0, fmt.Errorf("trace: %w", err)
 		case status.Signaled():
 			return 0, fmt.Errorf("%v: %w", status.Signal(), errPassing)
+		case status.Exited() && status.ExitStatus() != refused: // Go, without memory
+			return 0, fmt.Errorf("it has ended with %d: %w", status.ExitStatus(), errPassing)
 		case !status.Stopped():
 			return 0, errors.New("it has ended without a filter")
 		}

@@ -9,22 +9,32 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+var (
+	emptying sync.Mutex
+	empty    *os.File
+)
+
 // Empty is a mount namespace in which there is nothing but a directory for a root to be
-// mounted on.
-var Empty = sync.OnceValues(func() (*os.File, error) {
-	var ns *os.File
+// mounted on. It is made once.
+func Empty() (*os.File, error) {
+	emptying.Lock()
+	defer emptying.Unlock()
+	if empty != nil {
+		return empty, nil
+	}
 	done := make(chan error, 1)
 	go func() {
 		runtime.LockOSThread() // for good: the thread ends with the function
 		var err error
-		ns, err = makeEmpty()
+		empty, err = makeEmpty()
 		done <- err
 	}()
 	if err := <-done; err != nil {
+		empty = nil
 		return nil, fmt.Errorf("make the empty mount namespace: %w", err)
 	}
-	return ns, nil
-})
+	return empty, nil
+}
 
 // makeEmpty moves the thread into it.
 func makeEmpty() (ns *os.File, err error) {

@@ -330,21 +330,19 @@ static void exec(void)
 	int proc = open("/proc", O_PATH | O_DIRECTORY | O_CLOEXEC);
 	if (proc < 0)
 		fail("open", "/proc");
-	struct birth in = join_cgroups();
+	if (join_cgroups())
+		bear(); // not from inside of the cgroup namespace
 	label(proc, &o);
 	close(proc);
-	// Whoever has CAP_SYS_PTRACE in the container may look into what is in its PID namespace,
-	// the child, and can hold it up by a signal: it must have nothing of the host's. But it
-	// could not be born in a cgroup outside of its cgroup namespace.
-	if (setns(INIT, o.r->namespaces & ~CLONE_NEWCGROUP) < 0)
+	if (setns(INIT, o.r->namespaces) < 0)
 		fail("join", "the namespaces");
-	bear(in); // as a child, in the PID namespace too
+	close(INIT);
+	// Whoever has CAP_SYS_PTRACE in the container may look into what is in its PID namespace,
+	// and can hold it up by a signal: the child has nothing of the host's any more.
+	bear();
 
 	if (setsid() < 0)
 		fail("make", "a session");
-	if (o.r->namespaces & CLONE_NEWCGROUP && setns(INIT, CLONE_NEWCGROUP) < 0)
-		fail("join", "the cgroup namespace");
-	close(INIT);
 	// Kernels without keys have none to share.
 	if (*o.keyring && syscall(SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING, o.keyring, 0, 0, 0) < 0 && errno != ENOSYS)
 		fail("join", "the session keyring");

@@ -126,15 +126,16 @@ func (e *Exec) Start(o *Order, cgroups map[string]string, instead string) (*os.P
 		return nil, err
 	}
 	o.theirs.Close() // so that its end is seen
-	if o.sendRequest(text) != nil {
-		return cmd.Process, nil // it has ended, and Started says why
+	err = o.sendRequest(text)
+	if err == nil {
+		err = o.Send(cgroups, instead, true)
 	}
-	if err := o.Send(cgroups, instead, true); err != nil && !errors.Is(err, unix.EPIPE) && !errors.Is(err, unix.ECONNRESET) {
-		o.Cancel()
+	if err != nil && !errors.Is(err, unix.EPIPE) && !errors.Is(err, unix.ECONNRESET) {
+		_ = cmd.Process.Kill()
 		_, _ = cmd.Process.Wait()
 		return nil, err
 	}
-	return cmd.Process, nil
+	return cmd.Process, nil // else it has ended, and Started says why
 }
 
 func (o *Order) sendRequest(text []byte) error {

@@ -74,6 +74,23 @@ static void tell(int32_t pid)
 		fail("tell of the move to", "cgroups");
 }
 
+// The cgroups v2 of the order, until a child is born.
+static struct {
+	int fds[2], count;
+	bool must; // it may not be born elsewhere
+	bool all_cpus;
+} births;
+
+// take_cpus allows this process all CPUs that its cpuset has: podmon's own affinity is not
+// the container's. Where that cannot be it has podmon's, as by libcontainer.
+static void take_cpus(void)
+{
+	static unsigned char all[8 << 10];
+	memset(all, 0xff, sizeof(all));
+	if (births.all_cpus)
+		syscall(SYS_sched_setaffinity, 0, sizeof(all), all);
+}
+
 // spawn makes a child, in the cgroup of the descriptor if there is one. Its parent is podmon,
 // whom libcontainer's processes, too, must be children of.
 static long spawn(int cgroup)
@@ -99,37 +116,37 @@ static int enter(int cgroup)
 	return n < 0 ? -1 : 0;
 }
 
-void bear(struct birth in)
+void bear(void)
 {
 	long pid = -1;
 
-	for (int i = 0; i < CHOICES && pid < 0; i++)
-		if (in.cgroup[i] >= 0)
-			pid = spawn(in.cgroup[i]);
-	// None takes a new process, or there is a seccomp profile around podmon.
-	bool entered = false;
-	for (int i = 0; i < CHOICES && pid < 0 && !entered; i++)
-		entered = in.cgroup[i] >= 0 && enter(in.cgroup[i]) == 0;
-	if (pid < 0 && !entered && in.must)
-		fail("join", in.name);
+	for (int i = 0; i < births.count && pid < 0; i++)
+		pid = spawn(births.fds[i]);
+	if (pid < 0 && births.count) {
+		// None takes a new process, or there is a seccomp profile around podmon.
+		int entered = -1;
+		for (int i = 0; i < births.count && entered < 0; i++)
+			entered = enter(births.fds[i]);
+		if (entered < 0 && births.must)
+			fail("join", "the cgroup");
+	}
 	if (pid < 0)
 		pid = spawn(-1);
 	if (pid < 0)
-		fail("fork in", in.name);
+		fail("fork in", "the cgroup");
 	if (pid > 0) {
 		tell(pid);
 		_exit(0);
 	}
-	for (int i = 0; i < CHOICES; i++)
-		if (in.cgroup[i] >= 0)
-			close(in.cgroup[i]);
+	if (births.count)
+		take_cpus(); // of another cpuset
+	while (births.count)
+		close(births.fds[--births.count]);
 }
 
-struct birth join_cgroups(void)
+bool join_cgroups(void)
 {
 	static char order[64 << 10];
-	struct birth in = {.name = "the cgroup of podmon", .cgroup = {-1, -1}};
-	int choices = 0;
 
 	// It keeps its number taken, and is closed by the container's program.
 	if (fcntl(ORDER, F_SETFD, FD_CLOEXEC) < 0)
@@ -143,21 +160,19 @@ struct birth join_cgroups(void)
 		fail("receive", "the order of cgroups");
 	}
 	for (char *entry = order + 1; entry < order + n; entry += strlen(entry) + 1) {
-		if ((*entry == 'U' || *entry == 'u') && choices < CHOICES) {
-			if (choices == 0)
-				in.name = entry + 1;
-			in.must = *entry == 'u';
-			in.cgroup[choices++] = open(entry + 1, O_PATH | O_DIRECTORY | O_CLOEXEC);
+		if (*entry == 'U' || *entry == 'u') {
+			births.must = *entry == 'u';
+			int fd = open(entry + 1, O_PATH | O_DIRECTORY | O_CLOEXEC);
+			if (fd >= 0 && births.count < 2)
+				births.fds[births.count++] = fd;
 		} else if (put(entry + 1, "0") < 0 && *entry == 't')
 			fail("join", entry + 1);
 	}
-	if (order[0] == 'r') {
-		// All CPUs that the cpuset allows: podmon's own affinity is not the container's.
-		static unsigned char all[8 << 10];
-		memset(all, 0xff, sizeof(all));
-		syscall(SYS_sched_setaffinity, 0, sizeof(all), all); // else podmon's, as by libcontainer
-	}
-	return in;
+	births.all_cpus = order[0] == 'r';
+	take_cpus();
+	if (!births.count && births.must)
+		fail("join", "the cgroup");
+	return births.count;
 }
 
 bool has_order(void)
@@ -177,9 +192,8 @@ void __attribute__((constructor(101))) podmon_join(void)
 	// number: its console or init socket comes before it, and both are streams.
 	if (!has_order())
 		return; // libcontainer moves the process
-	struct birth in = join_cgroups();
-	if (in.cgroup[0] >= 0 || in.must)
-		bear(in);
+	if (join_cgroups())
+		bear();
 	else
 		tell(-1);
 }

@@ -83,7 +83,12 @@ func (o *Order) Send(paths map[string]string, instead string, resetAffinity bool
 }
 
 // Cancel ends a process that has got no order, or will be made without one.
-func (o *Order) Cancel() { _ = unix.Shutdown(int(o.ours.Fd()), unix.SHUT_RDWR) }
+func (o *Order) Cancel() {
+	// Not by Fd: it may be closed meanwhile, and the number another's.
+	if conn, err := o.ours.SyscallConn(); err == nil {
+		_ = conn.Control(func(fd uintptr) { _ = unix.Shutdown(int(fd), unix.SHUT_RDWR) })
+	}
+}
 
 func encode(paths map[string]string, instead string, resetAffinity bool) []byte {
 	text := bytes.NewBuffer(make([]byte, 0, 2<<10))
@@ -147,34 +152,55 @@ func (o *Order) Settle(failed bool) (moved bool) {
 	}
 }
 
+// Born are the processes that an order has made, by their PIDs in podmon's namespace.
+type Born struct {
+	// Last is the one that executes the program, or has failed to; 0 when it is not known.
+	Last int
+	// Before are those that it has come from, the first one perhaps, which end.
+	Before []int
+}
+
 // Started returns when the process has executed its program, or with what kept it from that.
-// The PID is that of the process that has spoken last, 0 when none has.
-func (o *Order) Started() (pid int, err error) {
-	for told := false; ; {
-		text, sender, err := o.read(0)
-		switch {
-		case err == unix.ECONNRESET:
-			// It has ended without having read its order. What it said comes next.
-			continue
-		case err != nil:
-			return pid, err
-		case len(text) == 0 && told:
-			return pid, nil
-		case len(text) == 0:
-			return pid, ErrEnded
-		}
-		pid = sender
-		switch len(text) {
-		case 1:
-			told = true
-		case 4: // from the process that is no longer needed
-			if pid = int(int32(binary.NativeEndian.Uint32(text))); pid < 0 {
-				pid = sender
-			}
-		default:
-			return pid, errors.New(string(text))
+func (o *Order) Started() (Born, error) {
+	var b Born
+	speaker, told := 0, false
+	know := func(pid int) {
+		if pid > 0 && !slices.Contains(b.Before, pid) {
+			b.Before = append(b.Before, pid)
 		}
 	}
+	err := func() error {
+		for {
+			text, sender, err := o.read(0)
+			switch {
+			case err == unix.ECONNRESET:
+				// It has ended without having read its order. What it said comes next.
+				continue
+			case err != nil:
+				return err
+			case len(text) == 0 && told:
+				return nil
+			case len(text) == 0:
+				return ErrEnded
+			}
+			know(sender)
+			switch len(text) {
+			case 1:
+				speaker, told = sender, true
+			case 4: // of its child; each process has one
+				b.Last = int(int32(binary.NativeEndian.Uint32(text)))
+				know(b.Last)
+			default:
+				speaker = sender
+				return errors.New(string(text))
+			}
+		}
+	}()
+	if speaker != 0 {
+		b.Last = speaker
+	}
+	b.Before = slices.DeleteFunc(b.Before, func(pid int) bool { return pid == b.Last })
+	return b, err
 }
 
 // why is what the process has said to an error in telling it something.

@@ -18,17 +18,11 @@ int put(const char *path, const char *value);
 // has_order tells whether there is an order to wait for.
 bool has_order(void);
 
-// A cgroup v2 that a process is to be born in: the first that takes it; -1 is none.
-#define CHOICES 2
-struct birth {
-	int cgroup[CHOICES]; // descriptors
-	bool must;	     // or it must not be born
-	const char *name;
-};
+// join_cgroups waits for the order and obeys it, but for the cgroups v2 that a process is to
+// be born in: true when there are some, for bear.
+bool join_cgroups(void);
 
-// join_cgroups waits for the order and obeys it, but for the cgroup v2 that a process is to
-// be born in, which is returned, for bear.
-struct birth join_cgroups(void);
-
-// bear goes on as another child of podmon's, who is told of its PID, born in the cgroup.
-void bear(struct birth in);
+// bear goes on as another child of podmon's, who is told of its PID: born in the first
+// cgroup of the order that takes it, or where its maker is when there is none (any more).
+// The child has no descriptor of them.
+void bear(void);
