@@ -126,6 +126,17 @@ func (d *Doctor) lookAtProcesses(ctx context.Context, m *machineView, dirs map[s
 	for _, p := range m.processes {
 		podmons[p.PID] = podmons[p.PID] || p.podmon
 	}
+	// Whoever sees the mounts of a container's processes belongs to it.
+	sees := map[uint64][]string{}
+	nodes, err := inode("/proc/self/ns/mnt")
+	if err != nil {
+		return nil, err
+	}
+	for _, p := range m.processes {
+		if within := p.cgroupIn(dirs); within != "" && p.mounts != 0 && p.mounts != nodes[1] {
+			sees[p.mounts] = append(sees[p.mounts], lastID(within))
+		}
+	}
 	var found []Finding
 	for _, p := range m.processes {
 		within := p.cgroupIn(dirs)
@@ -147,7 +158,7 @@ func (d *Doctor) lookAtProcesses(ctx context.Context, m *machineView, dirs map[s
 			f.ID, f.others, f.mortal = lastID(within), []string{p.rootID}, isContainers(within)
 			f.Why = fmt.Sprintf("it is in a cgroup of %s, and nothing that runs has that ID", f.ID)
 		} else {
-			f.ID, f.others = p.rootID, p.ids()
+			f.ID, f.others = p.rootID, append(p.ids(), sees[p.mounts]...)
 			f.Why = "its root filesystem is podshim's, and neither that nor its cgroup is of a container on record"
 		}
 		found = append(found, f)

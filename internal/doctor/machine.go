@@ -27,6 +27,7 @@ type process struct {
 	name   string
 	cgroup string    // a line for each hierarchy
 	spaces [2]uint64 // inodes of its network and user namespaces
+	mounts uint64    // and of its mount namespace
 	podmon bool      // is one of this podshim
 	// ours: its root filesystem is podshim's, a container's or infra's; rootID is
 	// whose, as long as that is mounted on the node, and snapshot the directory it is
@@ -84,6 +85,9 @@ func readProcess(pid int) (process, error) {
 		return p, err
 	}
 	p.cgroup = string(cgroup)
+	if ns, err := inode(p.path("ns/mnt")); err == nil {
+		p.mounts = ns[1]
+	}
 	for i, kind := range []string{"net", "user"} {
 		if ns, err := inode(p.path("ns/" + kind)); err == nil {
 			p.spaces[i] = ns[1]

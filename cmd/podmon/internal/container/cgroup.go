@@ -89,7 +89,11 @@ func (c *Container) run(process *libcontainer.Process, f *filtered) error {
 	if err := c.lc.Exec(); err != nil {
 		return err
 	}
-	if err := f.Execute(); err != nil {
+	pid, err := process.Pid()
+	if err != nil {
+		return err
+	}
+	if err := f.Execute(pid); err != nil {
 		return c.blameOOM(fmt.Errorf("unable to start container process: error during container init: %w", err)) // as libcontainer says it
 	}
 	c.executed.Store(true)

@@ -57,12 +57,15 @@ func isPause(r wire.StartRequest) bool {
 	if len(linux.Sysctl) == 0 {
 		linux.Sysctl = nil
 	}
+	if !(root.Path != "" && reflect.DeepEqual(rest, specs.Spec{}) &&
+		reflect.DeepEqual(process, specs.Process{}) && reflect.DeepEqual(linux, specs.Linux{})) {
+		return false
+	}
 	if _, err := stage.Empty(); err != nil { // a seccomp profile around podmon
 		logrus.WithError(err).Warn("libcontainer starts a pod's pause")
 		return false
 	}
-	return root.Path != "" && reflect.DeepEqual(rest, specs.Spec{}) &&
-		reflect.DeepEqual(process, specs.Process{}) && reflect.DeepEqual(linux, specs.Linux{})
+	return true
 }
 
 // startPause starts the infra container of a pod without libcontainer's help. It is done
@@ -85,7 +88,7 @@ func (c *Container) startPause(spec *specs.Spec, config *configs.Config) error {
 		err = c.commandPause(process, order, config.Cgroups)
 	}
 	if err == nil {
-		if _, err = order.Started(); err != nil {
+		if _, err = order.Started(process.Process.Pid); err != nil {
 			err = fmt.Errorf("start pause: %w", err)
 		}
 	}

@@ -172,6 +172,9 @@ func firstOf(a, b string) string {
 // kubelet's probes, which each would wait for a start of Go and for all of the container's
 // configuration to be read (stage.Exec).
 func (c *Container) startPlain(ctx context.Context, e *stage.Exec) (initProcess, error) {
+	if c.frozen() {
+		return nil, wire.Errorf(wire.ClassPrecondition, "container %s is frozen: thaw it first", c.ID)
+	}
 	instead, err := c.cgroupOfInit()
 	if err != nil {
 		return nil, err
@@ -194,11 +197,11 @@ func (c *Container) startPlain(ctx context.Context, e *stage.Exec) (initProcess,
 		err     error
 	}
 	started := make(chan result, 1)
-	c.m.reaper.own(first.Pid)
+	end := c.m.reaper.begin() // for as long as there is somebody to wait for
 	go func() {
+		defer end()
 		defer order.Close()
 		process, err := awaitPlain(order, first)
-		c.m.reaper.disown(first.Pid)
 		started <- result{process, err}
 	}()
 	select {
@@ -221,28 +224,25 @@ func (c *Container) startPlain(ctx context.Context, e *stage.Exec) (initProcess,
 
 // awaitPlain returns the process that has executed its program, and reaps the others.
 func awaitPlain(order *stage.Order, first *os.Process) (initProcess, error) {
-	born, err := order.Started()
+	born, err := order.Started(first.Pid)
 	if err != nil {
-		_ = first.Kill()
 		err = fmt.Errorf("unable to start container process: %w", err) // as libcontainer says it
 	}
-	state, _ := first.Wait()
-	for _, pid := range born.Before {
-		if pid == first.Pid {
-			continue
-		}
-		if p, ferr := os.FindProcess(pid); ferr == nil {
-			if err != nil {
-				_ = p.Kill()
-			}
-			state, _ = p.Wait()
-		}
-	}
-	if born.Last == 0 || born.Last == first.Pid {
+	if born.Last == first.Pid {
+		state, _ := first.Wait()
 		if err == nil {
-			err = errors.New("exec: started by nobody")
+			err = errors.New("exec: it is not in the container")
 		}
 		return nil, killedEarly(err, state)
+	}
+	for _, pid := range born.Before {
+		p := first
+		if pid != first.Pid {
+			p, _ = os.FindProcess(pid)
+		}
+		if p != nil {
+			_, _ = p.Wait()
+		}
 	}
 	last, ferr := os.FindProcess(born.Last)
 	if ferr != nil {
@@ -250,10 +250,21 @@ func awaitPlain(order *stage.Order, first *os.Process) (initProcess, error) {
 	}
 	if err != nil {
 		_ = last.Kill()
-		state, _ = last.Wait()
+		state, _ := last.Wait()
 		return nil, killedEarly(err, state)
 	}
 	return child{last}, nil
+}
+
+// frozen tells whether the container's processes are stopped by the freezer of cgroup v1,
+// where one that has joined them could not even be killed.
+func (c *Container) frozen() bool {
+	dir := c.rec.CgroupPaths["freezer"]
+	if !c.joins() || dir == "" {
+		return false
+	}
+	state, err := cgroups.ReadFile(dir, "freezer.state")
+	return err == nil && strings.TrimSpace(state) != string(cgroups.Thawed)
 }
 
 // killedEarly says so when it was not podmon that has ended a process.

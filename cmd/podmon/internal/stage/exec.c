@@ -270,6 +270,13 @@ static struct order take(void)
 	return o;
 }
 
+// Nobody in the container may look into what is podmon's until the program is another.
+static void hide(void)
+{
+	if (prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) < 0)
+		fail("make", "undumpable");
+}
+
 // execute gives up what the program must not have, and executes it.
 static void __attribute__((noreturn)) execute(const struct order *o)
 {
@@ -285,6 +292,7 @@ static void __attribute__((noreturn)) execute(const struct order *o)
 	if (!r->no_new_privs) // it takes CAP_SYS_ADMIN
 		install(r, o->code);
 	become(r, o->groups, o->cwd);
+	hide(); // another user is what fs.suid_dumpable says
 	const char *program = find(o->args[0], o->env);
 	// A profile that lets programs run lets them write.
 	if (write(ORDER, "", 1) != 1)
@@ -293,13 +301,6 @@ static void __attribute__((noreturn)) execute(const struct order *o)
 		install(r, o->code);
 	execve(program, o->args, o->env);
 	fail("exec", program);
-}
-
-// Nobody in the container may look into what is podmon's until the program is another.
-static void hide(void)
-{
-	if (prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) < 0)
-		fail("make", "undumpable");
 }
 
 // libcontainer has set all up, as for a program that may do everything: root, with podmon's
@@ -337,15 +338,16 @@ static void exec(void)
 	if (setns(INIT, o.r->namespaces) < 0)
 		fail("join", "the namespaces");
 	close(INIT);
+	// Kernels without keys have none to share.
+	if (*o.keyring && syscall(SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING, o.keyring, 0, 0, 0) < 0 && errno != ENOSYS)
+		fail("join", "the session keyring");
 	// Whoever has CAP_SYS_PTRACE in the container may look into what is in its PID namespace,
-	// and can hold it up by a signal: the child has nothing of the host's any more.
+	// and can hold it up by a signal: the child has no file, namespace or key of the node's
+	// any more. (It has ORDER, on which podmon believes it little; see Started.)
 	bear();
 
 	if (setsid() < 0)
 		fail("make", "a session");
-	// Kernels without keys have none to share.
-	if (*o.keyring && syscall(SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING, o.keyring, 0, 0, 0) < 0 && errno != ENOSYS)
-		fail("join", "the session keyring");
 	execute(&o);
 }
 

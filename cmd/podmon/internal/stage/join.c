@@ -168,10 +168,10 @@ bool join_cgroups(void)
 		} else if (put(entry + 1, "0") < 0 && *entry == 't')
 			fail("join", entry + 1);
 	}
+	if (!births.count && births.must)
+		fail("open", "the cgroup");
 	births.all_cpus = order[0] == 'r';
 	take_cpus();
-	if (!births.count && births.must)
-		fail("join", "the cgroup");
 	return births.count;
 }
 

@@ -152,55 +152,61 @@ func (o *Order) Settle(failed bool) (moved bool) {
 	}
 }
 
-// Born are the processes that an order has made, by their PIDs in podmon's namespace.
+// Born are the processes of an order, by their PIDs in podmon's namespace.
 type Born struct {
-	// Last is the one that executes the program, or has failed to; 0 when it is not known.
+	// Last is the one that executes the program, or is to.
 	Last int
-	// Before are those that it has come from, the first one perhaps, which end.
+	// Before are those that it has come from, which end.
 	Before []int
 }
 
-// Started returns when the process has executed its program, or with what kept it from that.
-func (o *Order) Started() (Born, error) {
-	var b Born
-	speaker, told := 0, false
-	know := func(pid int) {
-		if pid > 0 && !slices.Contains(b.Before, pid) {
-			b.Before = append(b.Before, pid)
-		}
-	}
+// longest is how many processes an order may make.
+const longest = 2
+
+// Started returns when the process has executed its program, or has ended, with what kept
+// it from that. first is the one that was started with the order. Only what it has made is
+// believed: a container that looks into the last process may speak with its voice, but with
+// the PID of a process of its own (SCM_CREDENTIALS is the kernel's).
+func (o *Order) Started(first int) (Born, error) {
+	made, ready, said := map[int]int{}, map[int]bool{}, map[int]string{} // by who has spoken
 	err := func() error {
 		for {
 			text, sender, err := o.read(0)
 			switch {
 			case err == unix.ECONNRESET:
 				// It has ended without having read its order. What it said comes next.
-				continue
 			case err != nil:
 				return err
-			case len(text) == 0 && told:
-				return nil
 			case len(text) == 0:
-				return ErrEnded
-			}
-			know(sender)
-			switch len(text) {
-			case 1:
-				speaker, told = sender, true
-			case 4: // of its child; each process has one
-				b.Last = int(int32(binary.NativeEndian.Uint32(text)))
-				know(b.Last)
+				return nil
+			case len(text) == 1:
+				ready[sender] = true
+			case len(text) == 4:
+				if _, twice := made[sender]; !twice {
+					made[sender] = int(int32(binary.NativeEndian.Uint32(text)))
+				}
 			default:
-				speaker = sender
-				return errors.New(string(text))
+				said[sender] = string(text)
 			}
 		}
 	}()
-	if speaker != 0 {
-		b.Last = speaker
+	b := Born{Last: first}
+	for len(b.Before) < longest && made[b.Last] > 0 {
+		b.Before = append(b.Before, b.Last)
+		b.Last = made[b.Last]
 	}
-	b.Before = slices.DeleteFunc(b.Before, func(pid int) bool { return pid == b.Last })
-	return b, err
+	if err != nil {
+		return b, err
+	}
+	for _, pid := range append([]int{b.Last}, b.Before...) {
+		if text, ok := said[pid]; ok {
+			return b, errors.New(text)
+		}
+	}
+	if !ready[b.Last] {
+		return b, ErrEnded
+	}
+	return b, nil
 }
 
 // why is what the process has said to an error in telling it something.

@@ -1,12 +1,14 @@
 package stage
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 
@@ -163,5 +165,39 @@ func TestCancel(t *testing.T) {
 	}
 	if o.Settle(true) {
 		t.Error("says that it has joined")
+	}
+}
+
+// Nobody but what the first process has made is believed.
+func TestStartedBelieves(t *testing.T) {
+	say := func(texts ...string) *Order {
+		o, err := NewOrder()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, text := range texts {
+			if _, err := o.theirs.Write([]byte(text)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		o.theirs.Close()
+		t.Cleanup(o.Close)
+		return o
+	}
+	pid := string(binary.NativeEndian.AppendUint32(nil, 1)) // of somebody who is nothing to us
+	first := os.Getpid() + 1
+	b, err := say(pid, "forged", "x").Started(first)
+	if !errors.Is(err, ErrEnded) || b.Last != first || len(b.Before) > 0 {
+		t.Errorf("another's words: %+v, %v", b, err)
+	}
+	b, err = say(pid, "its words").Started(os.Getpid())
+	if err == nil || err.Error() != "its words" || b.Last != 1 || !slices.Equal(b.Before, []int{os.Getpid()}) {
+		t.Errorf("its own words: %+v, %v", b, err)
+	}
+	if b, err = say("x").Started(os.Getpid()); err != nil || b.Last != os.Getpid() {
+		t.Errorf("it is ready: %+v, %v", b, err)
+	}
+	if _, err = say(pid, "x").Started(os.Getpid()); !errors.Is(err, ErrEnded) {
+		t.Errorf("it is ready, and not its child: %v", err)
 	}
 }

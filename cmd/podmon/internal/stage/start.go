@@ -33,14 +33,14 @@ func (s *Start) Files(cgroups, executable, proc *os.File) []*os.File {
 	return []*os.File{cgroups, executable, s.order.theirs, proc}
 }
 
-// Execute has the process execute its program, once libcontainer has let it go on, and
+// Execute has the process of the PID execute its program, once libcontainer has let it go on, and
 // returns when it has, or with what kept it from that.
-func (s *Start) Execute() error {
+func (s *Start) Execute(pid int) error {
 	s.order.theirs.Close() // so that its end is seen
 	if err := s.order.sendRequest(s.text); err != nil {
 		return s.order.why(err)
 	}
-	_, err := s.order.Started()
+	_, err := s.order.Started(pid)
 	return err
 }
 
