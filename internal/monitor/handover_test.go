@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -134,12 +135,31 @@ func TestUnreachablePodmon(t *testing.T) {
 	}
 }
 
+// stop stops a process: when it returns none of its threads goes on. (kill returns when the
+// first of them has been told.)
+func stop(t *testing.T, pid int) {
+	t.Helper()
+	must(t, syscall.Kill(pid, unix.SIGSTOP))
+	for {
+		all, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", pid))
+		must(t, err)
+		running := slices.ContainsFunc(all, func(path string) bool {
+			b, err := os.ReadFile(path)
+			return err == nil && !strings.Contains(string(b), ") T ")
+		})
+		if len(all) > 0 && !running {
+			return
+		}
+		time.Sleep(time.Millisecond) // nothing tells of it but its parent's wait
+	}
+}
+
 // A podmon that hangs is found out even when nothing fits into its socket any more.
 func TestHungWithFullSocket(t *testing.T) {
 	m := newMachine(t)
 	id, _ := m.start(countForever)
 	m.awaitLog(id, " 100\n")
-	must(t, syscall.Kill(m.podmons()[0], unix.SIGSTOP))
+	stop(t, m.podmons()[0])
 	big := process("true")
 	big.Env = append(big.Env, "BIG="+strings.Repeat("x", 1<<20))
 	done := make(chan error, 4)
