@@ -1,6 +1,6 @@
 // "podmon exec": makes a process one of a running container's and executes its program. It
-// does what libcontainer's setns init does, in the same order, for requests that ask for
-// nothing else (exec.go); libcontainer starts Go for it, and reads all of the container's
+// does what libcontainer's setns init does, but for labels, which come first, for requests that
+// ask for nothing else (exec.go); libcontainer starts Go for it, and reads all of the container's
 // configuration. "podmon start" does the last part of that in a container's PID 1, which
 // libcontainer has made (start.go). One thread, which ends here.
 #define _GNU_SOURCE

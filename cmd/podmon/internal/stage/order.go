@@ -1,6 +1,7 @@
 // Package stage is what processes that podmon starts do first, in C and before any code of
-// libcontainer or Go: all of them join their cgroups, where podmon has no better way, and
-// the pause of a pod is started by it alone.
+// libcontainer or Go: all of them join their cgroups, where podmon has no better way. The
+// pause of a pod and most processes that are executed in a container are started by it
+// alone (pause.c, exec.c), and a container with a seccomp profile is finished by it (start.go).
 //
 // Joining, on cgroup v1: whoever moves another process there waits for an RCU grace period,
 // 5 to 20 ms, because a write to cgroup.procs takes cgroup_threadgroup_rwsem
