@@ -83,7 +83,7 @@ func (c *Container) startPause(spec *specs.Spec, config *configs.Config) error {
 	defer order.Close()
 	p := pauseOf(spec)
 	p.OOMScoreAdj = *config.OomScoreAdj
-	process, err := c.launchPause(p, order)
+	process, err := c.launch(func(cgroup *os.File) (*os.Process, error) { return p.Start(order, cgroup) })
 	if err == nil {
 		err = c.commandPause(process, order, config.Cgroups)
 	}
@@ -107,17 +107,17 @@ func (c *Container) startPause(spec *specs.Spec, config *configs.Config) error {
 	})
 }
 
-// launchPause starts the process: on the hybrid layout in its v2 cgroup, where that can be.
-// (libcontainer does without it as well.)
-func (c *Container) launchPause(p stage.Pause, order *stage.Order) (child, error) {
+// launch starts a process that is to be PID 1: on the hybrid layout in its v2 cgroup, where
+// that can be. (libcontainer does without it as well.)
+func (c *Container) launch(start func(cgroup *os.File) (*os.Process, error)) (child, error) {
 	var started *os.Process
 	birth, err := c.birthCgroup()
 	if err == nil {
-		started, err = p.Start(order, birth)
+		started, err = start(birth)
 		birth.Close()
 	}
 	if err != nil {
-		if started, err = p.Start(order, nil); err != nil {
+		if started, err = start(nil); err != nil {
 			return child{}, err
 		}
 	}
@@ -142,17 +142,9 @@ func (c *Container) birthCgroup() (*os.File, error) {
 // commandPause has the process join its cgroups when these have their limits. It is beside
 // the first steps of the process, which waits then.
 func (c *Container) commandPause(process child, order *stage.Order, settings *cgroups.Cgroup) error {
-	pid, paths := process.Process.Pid, map[string]string(nil)
-	if c.joins() {
-		pid, paths = -1, maps.Clone(c.rec.CgroupPaths)
-		delete(paths, "") // it is there, or stays where podmon is
-	}
-	cg, err := manager.NewWithPaths(settings, maps.Clone(c.rec.CgroupPaths))
+	cg, paths, err := c.makeCgroupsFor(process, order, settings)
 	if err != nil {
-		return fmt.Errorf("cgroup: %w", err)
-	}
-	if err := cg.Apply(pid); err != nil {
-		return errors.Join(order.Said(), fmt.Errorf("make cgroups: %w", err))
+		return err
 	}
 	if err := cg.Set(settings.Resources); err != nil {
 		return errors.Join(order.Said(), fmt.Errorf("set limits: %w", err))
@@ -160,11 +152,30 @@ func (c *Container) commandPause(process child, order *stage.Order, settings *cg
 	if err := order.Send(paths, "", true); err != nil && !errors.Is(err, unix.EPIPE) {
 		return err // else it has ended, and has said why
 	}
-	return c.tellLibcontainer(process.Process.Pid)
+	return c.tellLibcontainer(process.Process.Pid, [3]*os.File{})
 }
 
-// tellLibcontainer gives libcontainer the state that it would have written.
-func (c *Container) tellLibcontainer(pid int) error {
+// makeCgroupsFor makes the cgroups of a process that has been launched, and tells which it has
+// to join by itself.
+func (c *Container) makeCgroupsFor(process child, order *stage.Order, settings *cgroups.Cgroup) (cgroups.Manager, map[string]string, error) {
+	pid, paths := process.Process.Pid, map[string]string(nil)
+	if c.joins() {
+		pid, paths = -1, maps.Clone(c.rec.CgroupPaths)
+		delete(paths, "") // it is there, or stays where podmon is
+	}
+	cg, err := manager.NewWithPaths(settings, maps.Clone(c.rec.CgroupPaths))
+	if err != nil {
+		return nil, nil, fmt.Errorf("cgroup: %w", err)
+	}
+	if err := cg.Apply(pid); err != nil {
+		return nil, nil, errors.Join(order.Said(), fmt.Errorf("make cgroups: %w", err))
+	}
+	return cg, paths, nil
+}
+
+// tellLibcontainer gives libcontainer the state that it would have written. stdio is that of
+// the process, nil for /dev/null.
+func (c *Container) tellLibcontainer(pid int, stdio [3]*os.File) error {
 	state, err := c.lc.State()
 	if err != nil {
 		return err
@@ -173,8 +184,16 @@ func (c *Container) tellLibcontainer(pid int) error {
 	if err != nil {
 		return err
 	}
+	for _, f := range stdio {
+		name := os.DevNull
+		if f != nil {
+			if name, err = os.Readlink(fmt.Sprintf("/proc/self/fd/%d", f.Fd())); err != nil {
+				return err
+			}
+		}
+		state.ExternalDescriptors = append(state.ExternalDescriptors, name)
+	}
 	state.InitProcessPid, state.InitProcessStartTime, state.Created = init.PID, init.StartTime, time.Now().UTC()
-	state.ExternalDescriptors = []string{os.DevNull, os.DevNull, os.DevNull}
 	for _, kind := range configs.NamespaceTypes() {
 		ns := configs.Namespace{Type: kind}
 		if configs.IsNamespaceSupported(kind) {

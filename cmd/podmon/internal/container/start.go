@@ -47,6 +47,7 @@ func (m *Manager) Start(ctx context.Context, r wire.StartRequest) (*Container, e
 }
 
 func (c *Container) start(r wire.StartRequest) (err error) {
+	c.rec.Systemd = c.m.SystemdCgroup
 	process, err := newProcess(r.Spec.Process)
 	if err != nil {
 		return err
@@ -68,12 +69,18 @@ func (c *Container) start(r wire.StartRequest) (err error) {
 	if err != nil {
 		return err
 	}
-	c.taken = c.takeHierarchies(config)
-	f, err := c.takeFilter(process, config)
-	if err != nil {
-		return err
-	}
+	var plain *plainInit
+	var f *filtered
 	bare := config
+	if !r.Spec.Process.Terminal && !isPause(r) {
+		plain = c.plainInit(config, process)
+	}
+	if plain == nil {
+		c.taken = c.takeHierarchies(config)
+		if f, err = c.takeFilter(process, config); err != nil {
+			return err
+		}
+	}
 	if f != nil {
 		defer f.close()
 		process, bare = f.process, f.bare
@@ -98,16 +105,22 @@ func (c *Container) start(r wire.StartRequest) (err error) {
 		return err
 	}
 	defer ends.close()
-	if err := c.run(process, f); err != nil {
+	var init initProcess = process
+	if plain != nil {
+		plain.giveStdio(process)
+		init, err = c.startPlainInit(plain, config.Cgroups)
+	} else if err = c.run(process, f); err != nil {
 		c.terminate(process)
 		c.endFifoWait()
+	}
+	if err != nil {
 		err, known := classify("start", err)
 		if !known {
 			c.m.reaper.look()
 		}
 		return err
 	}
-	return c.own(process, func() error { return c.readOutput(r, ends) })
+	return c.own(init, func() error { return c.readOutput(r, ends) })
 }
 
 // initProcess is a PID 1 that podmon is the parent of.
@@ -150,7 +163,6 @@ func (c *Container) configure(r wire.StartRequest) (*configs.Config, error) {
 
 // create makes libcontainer's container and records it.
 func (c *Container) create(r wire.StartRequest, config *configs.Config) (err error) {
-	c.rec.Systemd = c.m.SystemdCgroup
 	if c.lc, err = libcontainer.Create(c.m.stateRoot(), c.ID, config); err != nil {
 		if errors.Is(err, libcontainer.ErrExist) {
 			return wire.Errorf(wire.ClassExists, "create: %w", err)

@@ -45,6 +45,7 @@ import (
 //	4 bytes  it has joined, and goes on as the process with this PID; as the one that
 //	         podmon or libcontainer has started for -1
 //	1 byte   it is about to execute the program
+//	2 bytes  all of a container is set up but its limits, for which it waits (Proceed)
 //	more     why it ends
 type Order struct{ ours, theirs *os.File }
 

@@ -22,11 +22,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "root.h"
 #include "stage.h"
-
-#ifndef MOVE_MOUNT_F_EMPTY_PATH // glibc 2.36 has it
-#define MOVE_MOUNT_F_EMPTY_PATH 0x00000004
-#endif
 
 #ifndef __GLIBC__
 #error "a constructor is given argc and argv by glibc only"
@@ -35,7 +32,6 @@
 // Descriptors that are given: the empty mount namespace (empty.go), and a mount of the root.
 #define EMPTY 4
 #define TREE 5
-#define NEW_ROOT "/root"
 
 #if defined(__x86_64__)
 #define ARCH AUDIT_ARCH_X86_64
@@ -47,40 +43,6 @@
 
 // Arguments, in the order in which Pause (pause.go) gives them.
 enum { COMMAND = 1, PROGRAM, PATH, NET, IPC, UTS, HOSTNAME, OOM_SCORE, UID, GID, FILTER, GROUPS };
-
-static void enter(const char *path, int kind)
-{
-	if (!*path)
-		return;
-	int fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
-	if (fd < 0 || setns(fd, kind) < 0)
-		fail("join namespace", path);
-	close(fd);
-}
-
-// show_root makes the directory all that the process sees.
-static void show_root(void)
-{
-	if (chdir(NEW_ROOT) < 0 || syscall(SYS_pivot_root, ".", ".") < 0 || umount2(".", MNT_DETACH) < 0 || chdir("/") < 0)
-		fail("change the root to", NEW_ROOT);
-}
-
-// leave_host goes on in a mount namespace of its own in which nothing is of the host's.
-static void leave_host(void)
-{
-	if (setns(EMPTY, CLONE_NEWNS) < 0)
-		fail("join", "the empty mount namespace");
-	if (unshare(CLONE_NEWNS) < 0)
-		fail("make", "a mount namespace");
-	if (syscall(SYS_move_mount, TREE, "", AT_FDCWD, NEW_ROOT, MOVE_MOUNT_F_EMPTY_PATH) < 0)
-		fail("mount", NEW_ROOT);
-	close(EMPTY);
-	close(TREE);
-	if (mount(NULL, NEW_ROOT, NULL, MS_PRIVATE, NULL) < 0)
-		fail("make private", NEW_ROOT);
-	if (mount(NULL, NEW_ROOT, NULL, MS_BIND | MS_REMOUNT | MS_RDONLY | MS_NOSUID | MS_NODEV, NULL) < 0)
-		fail("make read-only", NEW_ROOT);
-}
 
 // drop gives up every capability, for good, and takes the user and groups.
 static void drop(char **argv)
@@ -161,8 +123,10 @@ void __attribute__((constructor(102))) podmon_pause(int argc, char **argv)
 	if (*argv[HOSTNAME] && sethostname(argv[HOSTNAME], strlen(argv[HOSTNAME])) < 0)
 		fail("set hostname", argv[HOSTNAME]);
 	join_cgroups(); // while their files can be seen
-	leave_host();
+	close(leave_host(EMPTY, TREE));
 	show_root();
+	if (mount(NULL, "/", NULL, MS_BIND | MS_REMOUNT | MS_RDONLY | MS_NOSUID | MS_NODEV, NULL) < 0)
+		fail("make read-only", "the root");
 	umask(022);
 	drop(argv);
 	if (access(argv[PROGRAM], X_OK) < 0)
