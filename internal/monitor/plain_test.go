@@ -29,6 +29,9 @@ func byLibcontainer(p *specs.Process) *specs.Process {
 	return &same
 }
 
+// whose are a process that podmon starts by itself, and the same by libcontainer.
+var whose = []func(*specs.Process) *specs.Process{func(p *specs.Process) *specs.Process { return p }, byLibcontainer}
+
 // exec starts a process and ends it with the test.
 func (m *machine) exec(t *testing.T, id string, p *specs.Process, stdout *os.File) *monitor.Exec {
 	t.Helper()
@@ -327,7 +330,7 @@ func TestFilteredIsWhatLibcontainerMakes(t *testing.T) {
 			m := newMachine(t)
 			var seen, execs []map[string]string
 			var code [][]unix.SockFilter
-			for _, by := range []func(*specs.Process) *specs.Process{func(p *specs.Process) *specs.Process { return p }, byLibcontainer} {
+			for _, by := range whose {
 				var forExec specs.Process
 				id, p := m.start("", func(r *monitor.StartRequest) {
 					filtered(t)(r)
@@ -504,13 +507,11 @@ func filtered(t testing.TB) func(*monitor.StartRequest) {
 // default one, by podmon itself and by libcontainer in turns.
 func BenchmarkByWhom(b *testing.B) {
 	m := newMachine(b)
-	whose := map[string]func(*specs.Process) *specs.Process{
-		"podmon": func(p *specs.Process) *specs.Process { return p }, "libcontainer": byLibcontainer,
-	}
 	s := steps{}
 	for b.Loop() {
 		for _, filter := range []string{"plain", "filtered"} {
-			for name, by := range whose {
+			for i, by := range whose {
+				name := [...]string{"podmon", "libcontainer"}[i]
 				var id string
 				apart()
 				s.time(filter+"-start-"+name, func() {

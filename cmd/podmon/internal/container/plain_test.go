@@ -15,62 +15,102 @@ import (
 	"github.com/podshim/podshim/internal/monitor/wire"
 )
 
+func bound(dest string) *configs.Mount {
+	return &configs.Mount{Destination: dest, Device: "bind", Flags: unix.MS_BIND | unix.MS_REC, PropagationFlags: []int{unix.MS_PRIVATE | unix.MS_REC}}
+}
+
 // What only libcontainer does is left to it, and nothing else.
 func TestLeftToLibcontainer(t *testing.T) {
+	if !plainKernel() {
+		t.Skip("needs root, and Linux 5.12")
+	}
 	rootfs := t.TempDir()
 	if err := os.Symlink("volume/deep", filepath.Join(rootfs, "link")); err != nil {
 		t.Fatal(err)
 	}
 	type edit func(*libcontainer.Process, *configs.Config)
 	for name, c := range map[string]struct {
-		edit        edit
-		exec, start bool // by podmon
+		edit edit
+		// By podmon: an exec, all of a start, and the last part of one.
+		exec, init, start bool
 	}{
-		"as it is":              {func(*libcontainer.Process, *configs.Config) {}, true, true},
-		"no HOME":               {func(p *libcontainer.Process, _ *configs.Config) { p.Env = []string{"PATH=/bin"} }, false, false},
-		"an empty HOME":         {func(p *libcontainer.Process, _ *configs.Config) { p.Env = []string{"HOME=/", "HOME="} }, false, false},
-		"no variable":           {func(p *libcontainer.Process, _ *configs.Config) { p.Env = append(p.Env, "novariable") }, false, false},
-		"no directory":          {func(p *libcontainer.Process, _ *configs.Config) { p.Cwd = "" }, false, false},
-		"a terminal":            {func(p *libcontainer.Process, _ *configs.Config) { p.ConsoleSocket = os.Stdin }, false, true},
-		"a scheduler":           {func(p *libcontainer.Process, _ *configs.Config) { p.Scheduler = &configs.Scheduler{} }, false, true},
-		"an I/O priority":       {func(_ *libcontainer.Process, c *configs.Config) { c.IOPriority = &configs.IOPriority{} }, false, true},
-		"CPU affinity":          {func(p *libcontainer.Process, _ *configs.Config) { p.CPUAffinity = &configs.CPUAffinity{} }, false, true},
-		"a personality":         {func(_ *libcontainer.Process, c *configs.Config) { c.Personality = &configs.LinuxPersonality{} }, false, true},
-		"a memory policy":       {func(_ *libcontainer.Process, c *configs.Config) { c.MemoryPolicy = &configs.LinuxMemoryPolicy{} }, false, true},
-		"a class of RDT":        {func(_ *libcontainer.Process, c *configs.Config) { c.IntelRdt = &configs.IntelRdt{} }, false, true},
-		"a umask":               {func(_ *libcontainer.Process, c *configs.Config) { c.Umask = new(uint32) }, false, true},
-		"no capabilities known": {func(p *libcontainer.Process, c *configs.Config) { p.Capabilities, c.Capabilities = nil, nil }, false, false},
+		"as it is":              {func(*libcontainer.Process, *configs.Config) {}, true, true, true},
+		"no HOME":               {func(p *libcontainer.Process, _ *configs.Config) { p.Env = []string{"PATH=/bin"} }, false, false, false},
+		"an empty HOME":         {func(p *libcontainer.Process, _ *configs.Config) { p.Env = []string{"HOME=/", "HOME="} }, false, false, false},
+		"no variable":           {func(p *libcontainer.Process, _ *configs.Config) { p.Env = append(p.Env, "novariable") }, false, false, false},
+		"no directory":          {func(p *libcontainer.Process, _ *configs.Config) { p.Cwd = "" }, false, false, false},
+		"a terminal":            {func(p *libcontainer.Process, _ *configs.Config) { p.ConsoleSocket = os.Stdin }, false, false, true},
+		"a scheduler":           {func(p *libcontainer.Process, _ *configs.Config) { p.Scheduler = &configs.Scheduler{} }, false, false, true},
+		"an I/O priority":       {func(_ *libcontainer.Process, c *configs.Config) { c.IOPriority = &configs.IOPriority{} }, false, false, true},
+		"CPU affinity":          {func(p *libcontainer.Process, _ *configs.Config) { p.CPUAffinity = &configs.CPUAffinity{} }, false, false, true},
+		"a personality":         {func(_ *libcontainer.Process, c *configs.Config) { c.Personality = &configs.LinuxPersonality{} }, false, false, true},
+		"a memory policy":       {func(_ *libcontainer.Process, c *configs.Config) { c.MemoryPolicy = &configs.LinuxMemoryPolicy{} }, false, false, true},
+		"a class of RDT":        {func(_ *libcontainer.Process, c *configs.Config) { c.IntelRdt = &configs.IntelRdt{} }, false, false, true},
+		"a umask":               {func(_ *libcontainer.Process, c *configs.Config) { c.Umask = new(uint32) }, false, false, true},
+		"no capabilities known": {func(p *libcontainer.Process, c *configs.Config) { p.Capabilities, c.Capabilities = nil, nil }, false, false, false},
 		"a user namespace": {func(_ *libcontainer.Process, c *configs.Config) {
 			c.Namespaces = append(c.Namespaces, configs.Namespace{Type: configs.NEWUSER})
-		}, false, false},
+		}, false, false, false},
 		"a time namespace": {func(_ *libcontainer.Process, c *configs.Config) {
 			c.Namespaces = append(c.Namespaces, configs.Namespace{Type: configs.NEWTIME})
-		}, false, true},
-		"no mount namespace": {func(_ *libcontainer.Process, c *configs.Config) { c.Namespaces = c.Namespaces[1:] }, false, true},
-		"no filter":          {func(_ *libcontainer.Process, c *configs.Config) { c.Seccomp = nil }, true, false},
-		"a SELinux label":    {func(_ *libcontainer.Process, c *configs.Config) { c.ProcessLabel = "a:b:c" }, true, false},
+		}, false, false, true},
+		"no mount namespace": {func(_ *libcontainer.Process, c *configs.Config) { c.Namespaces = c.Namespaces[1:] }, false, true, true},
+		"no filter":          {func(_ *libcontainer.Process, c *configs.Config) { c.Seccomp = nil }, true, true, false},
+		"a SELinux label":    {func(_ *libcontainer.Process, c *configs.Config) { c.ProcessLabel = "a:b:c" }, true, false, false},
 		"an AppArmor profile": {func(_ *libcontainer.Process, c *configs.Config) {
 			c.AppArmorProfile = "one"
-		}, true, true},
+		}, true, true, true},
 		"a hook": {func(_ *libcontainer.Process, c *configs.Config) {
 			c.Hooks = configs.Hooks{configs.StartContainer: configs.HookList{configs.NewFunctionHook(func(*specs.State) error { return nil })}}
-		}, true, false},
+		}, true, false, false},
 		"a hook of podmon's side": {func(_ *libcontainer.Process, c *configs.Config) {
 			c.Hooks = configs.Hooks{configs.CreateRuntime: configs.HookList{configs.NewFunctionHook(func(*specs.State) error { return nil })}}
-		}, true, false},
-		"no /proc": {func(_ *libcontainer.Process, c *configs.Config) { c.Mounts = c.Mounts[1:] }, true, false},
+		}, true, false, false},
+		"no /proc": {func(_ *libcontainer.Process, c *configs.Config) { c.Mounts = c.Mounts[1:] }, true, false, false},
 		"a volume on /proc": {func(_ *libcontainer.Process, c *configs.Config) {
-			c.Mounts = append(c.Mounts, &configs.Mount{Destination: "/proc", Device: "bind"})
-		}, true, false},
+			c.Mounts = append(c.Mounts, bound("/proc"))
+		}, true, false, false},
 		"a volume below /proc": {func(_ *libcontainer.Process, c *configs.Config) {
-			c.Mounts = append(c.Mounts, &configs.Mount{Destination: "/proc/sys/../self", Device: "bind"})
-		}, true, false},
+			c.Mounts = append(c.Mounts, bound("/proc/sys/../self"))
+		}, true, false, false},
 		"a volume on /": {func(_ *libcontainer.Process, c *configs.Config) {
-			c.Mounts = append(c.Mounts, &configs.Mount{Destination: "/..", Device: "bind"})
-		}, true, false},
-		"a directory on a volume":              {func(p *libcontainer.Process, _ *configs.Config) { p.Cwd = "/volume/own" }, true, false},
-		"a directory that leads to a volume":   {func(p *libcontainer.Process, _ *configs.Config) { p.Cwd = "/link" }, true, false},
-		"a directory that is called as if one": {func(p *libcontainer.Process, _ *configs.Config) { p.Cwd = "/volumes" }, true, true},
+			c.Mounts = append(c.Mounts, bound("/.."))
+		}, true, false, false},
+		"a directory on a volume":              {func(p *libcontainer.Process, _ *configs.Config) { p.Cwd = "/volume/own" }, true, true, false},
+		"a directory that leads to a volume":   {func(p *libcontainer.Process, _ *configs.Config) { p.Cwd = "/link" }, true, true, false},
+		"a directory that is called as if one": {func(p *libcontainer.Process, _ *configs.Config) { p.Cwd = "/volumes" }, true, true, true},
+		"a PID namespace of others":            {func(_ *libcontainer.Process, c *configs.Config) { c.Namespaces[1].Path = "/proc/1/ns/pid" }, true, false, true},
+		"the host's PID namespace":             {func(_ *libcontainer.Process, c *configs.Config) { c.Namespaces = c.Namespaces[:1] }, true, false, true},
+		"a network of its own": {func(_ *libcontainer.Process, c *configs.Config) {
+			c.Namespaces = append(c.Namespaces, configs.Namespace{Type: configs.NEWNET})
+		}, true, false, true},
+		"namespaces of the pod": {func(_ *libcontainer.Process, c *configs.Config) {
+			for _, kind := range []configs.NamespaceType{configs.NEWNET, configs.NEWIPC, configs.NEWUTS} {
+				c.Namespaces = append(c.Namespaces, configs.Namespace{Type: kind, Path: "/run/x"})
+			}
+		}, true, true, true},
+		"a host name": {func(_ *libcontainer.Process, c *configs.Config) { c.Hostname = "x" }, true, false, true},
+		"a sysctl":    {func(_ *libcontainer.Process, c *configs.Config) { c.Sysctl = map[string]string{"a": "b"} }, true, false, true},
+		"a volume that mounts go on to": {func(_ *libcontainer.Process, c *configs.Config) {
+			c.Mounts[2].PropagationFlags = []int{unix.MS_SLAVE | unix.MS_REC}
+		}, true, false, true},
+		"a root that mounts go on to":    {func(_ *libcontainer.Process, c *configs.Config) { c.RootPropagation = unix.MS_SHARED | unix.MS_REC }, true, false, true},
+		"a volume of no propagation":     {func(_ *libcontainer.Process, c *configs.Config) { c.Mounts[2].PropagationFlags = nil }, true, false, true},
+		"an id-mapped volume":            {func(_ *libcontainer.Process, c *configs.Config) { c.Mounts[2].IDMapping = &configs.MountIDMapping{} }, true, false, true},
+		"a volume that is mounted again": {func(_ *libcontainer.Process, c *configs.Config) { c.Mounts[2].Flags |= unix.MS_REMOUNT }, true, false, true},
+		"a tmpfs with the image's mode": {func(_ *libcontainer.Process, c *configs.Config) {
+			c.Mounts = append(c.Mounts, &configs.Mount{Destination: "/dev", Device: "tmpfs", Data: "size=1m"})
+		}, true, false, true},
+		"a read-only tmpfs": {func(_ *libcontainer.Process, c *configs.Config) {
+			c.Mounts = append(c.Mounts, &configs.Mount{Destination: "/x", Device: "tmpfs", Data: "mode=755", Flags: unix.MS_RDONLY})
+		}, true, false, true},
+		"another file system": {func(_ *libcontainer.Process, c *configs.Config) {
+			c.Mounts = append(c.Mounts, &configs.Mount{Destination: "/x", Device: "ext4"})
+		}, true, false, true},
+		"/proc last": {func(_ *libcontainer.Process, c *configs.Config) { slices.Reverse(c.Mounts) }, true, false, true},
+		"/sys elsewhere": {func(_ *libcontainer.Process, c *configs.Config) {
+			c.Mounts = append(c.Mounts, &configs.Mount{Destination: "/x/sys", Device: "sysfs"})
+		}, true, false, true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			yes, score, caps := true, 0, &configs.Capabilities{}
@@ -79,7 +119,7 @@ func TestLeftToLibcontainer(t *testing.T) {
 				Rootfs: rootfs, OomScoreAdj: &score, Seccomp: &configs.Seccomp{},
 				Namespaces: configs.Namespaces{{Type: configs.NEWNS}, {Type: configs.NEWPID}},
 				Mounts: []*configs.Mount{
-					{Destination: "/proc", Device: "proc"}, {Destination: "/etc/hosts", Device: "bind"}, {Destination: "/volume", Device: "bind"},
+					{Destination: "/proc", Device: "proc"}, bound("/etc/hosts"), bound("/volume"),
 				},
 			}
 			c.edit(p, config)
@@ -91,6 +131,9 @@ func TestLeftToLibcontainer(t *testing.T) {
 			}
 			if e != nil && (!slices.Equal(e.Env, []string{"HOME=/", "A=2"}) || (len(e.Filter) == 1) != (config.Seccomp != nil)) {
 				t.Errorf("exec of %+v", e)
+			}
+			if s := held.plainInit(config, p); (s != nil) != c.init {
+				t.Errorf("init by podmon: %v, want %v", s != nil, c.init)
 			}
 			f, err := held.takeFilter(p, config)
 			if err != nil || (f != nil) != c.start {

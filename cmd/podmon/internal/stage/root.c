@@ -232,8 +232,11 @@ static int parent(int root, const char *path, const char **name)
 
 static void configure(int fs, unsigned command, const char *key, const char *value, const char *type)
 {
-	if (syscall(SYS_fsconfig, fs, command, key, value, 0) < 0)
-		fail(key ? key : "create", type);
+	if (syscall(SYS_fsconfig, fs, command, key, value, 0) == 0)
+		return;
+	if (!key)
+		fail("make file system", type);
+	refuse("make file system %.100s: option \"%.1000s%s%.1000s\": %s", type, key, value ? "=" : "", value ? value : "", reason());
 }
 
 // file_system makes a mount of a new file system.
@@ -292,7 +295,7 @@ static int find_plain(int root, const struct work *w)
 
 static void attach(int root, const struct work *w)
 {
-	struct stat st;
+	struct stat st, its;
 	int at;
 
 	if (fstat(w->mount, &st) < 0)
@@ -302,6 +305,9 @@ static void attach(int root, const struct work *w)
 		at = find_plain(root, w);
 	else
 		at = find(root, w->path, !S_ISDIR(st.st_mode));
+	errno = ENOTDIR; // what mount(2) says; here it would be EINVAL
+	if (fstat(at, &its) < 0 || S_ISDIR(st.st_mode) != S_ISDIR(its.st_mode))
+		fail("mount on", w->path);
 	put_mount(w->mount, at, w->path);
 	close(at);
 }
