@@ -54,18 +54,20 @@ func (r *report) timer(section string, s *subject) timer {
 }
 
 // only drops all steps but one.
-func (t timer) only(step string) timer { return t.renamed(step, step) }
-
-// renamed drops all steps but one, and calls that by another name.
-func (t timer) renamed(step, name string) timer {
+func (t timer) only(step string) timer {
 	if t == nil {
 		return nil
 	}
 	return func(s string, d time.Duration) {
 		if s == step {
-			t(name, d)
+			t(s, d)
 		}
 	}
+}
+
+// of says whose steps they are.
+func (t timer) of(which string) timer {
+	return func(s string, d time.Duration) { t(s+", "+which, d) }
 }
 
 func ms(d time.Duration) float64 { return float64(d) / float64(time.Millisecond) }

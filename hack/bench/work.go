@@ -300,9 +300,9 @@ func (b *bench) crowd(ctx context.Context) error {
 		var t timer
 		switch tenth := max(b.sizes.crowd/40, 1); {
 		case i < tenth:
-			t = b.report.timer(section, s).renamed("pod up", fmt.Sprintf("pod up, the first %d", tenth))
+			t = b.report.timer(section, s).of(fmt.Sprintf("the first %d", tenth))
 		case i >= b.sizes.crowd-tenth:
-			t = b.report.timer(section, s).renamed("pod up", fmt.Sprintf("pod up, the last %d", tenth))
+			t = b.report.timer(section, s).of(fmt.Sprintf("the last %d", tenth))
 		}
 		if err := p.up(ctx, t, 2); err != nil {
 			return fmt.Errorf("pod %d: %w", i, err)

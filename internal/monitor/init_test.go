@@ -1,9 +1,11 @@
 package monitor_test
 
 import (
+	"errors"
 	"fmt"
 	"io/fs"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -147,6 +149,7 @@ func TestContainerIsWhatLibcontainerMakes(t *testing.T) {
 		"volumes in volumes": add(
 			volumeOf(volume, "/v"), volumeOf(file, "/v/file"), volumeOf(volume, "/v/below/more"), volumeOf(file, "/v/below/new"),
 		),
+		"the whole host": add(volumeOf("/", "/host", "ro"), volumeOf("/proc", "/host/proc", "ro"), volumeOf("/sys", "/host/sys", "ro")),
 		"a volume at /dev": add(volumeOf("/dev", "/dev")),
 		"a volume at /sys": add(volumeOf(volume, "/sys")),
 		"paths that are hidden and read-only": func(s *specs.Spec) {
@@ -207,6 +210,8 @@ func TestContainerIsWhatLibcontainerMakes(t *testing.T) {
 					}
 				}
 				looked["mounts"] = strings.ReplaceAll(mountTable(t, id, p), m.rootfs, "ROOT")
+				// libcontainer's begins with what it has mounted so far of the root, where the host has it.
+				looked["mounts"] = regexp.MustCompile(`(?m)^/hostROOT.*\n`).ReplaceAllString(looked["mounts"], "")
 				looked["/dev"] = listing(t, fmt.Sprintf("/proc/%d/root/dev", p.PID))
 				looked["limits of the cgroup"] = fmt.Sprint(limitsOf(t, m, id))
 				looked["root"] = listing(t, m.rootfs)
@@ -370,5 +375,48 @@ func TestMountsStayInTheRoot(t *testing.T) {
 	}
 	if len(places) < 2 {
 		t.Error("the exchange was never met")
+	}
+}
+
+// A volume below which the file of a mount namespace is mounted, as snapd does in /run, is one
+// for libcontainer.
+func TestVolumeAboveMountNamespace(t *testing.T) {
+	m := newMachine(t)
+	volume := source(t)
+	must(t, unix.Mount("", filepath.Join(volume, "below"), "", unix.MS_PRIVATE, ""))
+	file := filepath.Join(volume, "below/namespace")
+	must(t, os.WriteFile(file, nil, 0o644))
+	if out, err := exec.Command("unshare", "--mount="+file, "true").CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	t.Cleanup(func() { _ = unix.Unmount(file, unix.MNT_DETACH) })
+	id, p := m.start("exec sleep 1000", func(r *monitor.StartRequest) {
+		filtered(t)(r)
+		r.Spec.Mounts = append(r.Spec.Mounts, volumeOf(volume, "/v", "ro"))
+	})
+	if got := m.execOutput(id, "ls", "/v/below"); got != "namespace\n" {
+		t.Errorf("the volume holds %q", got)
+	}
+	if is := looks(t, id, p); is["Seccomp"] != "2" || is["has the host's mnt namespace"] != "false" {
+		t.Errorf("it is %v", is)
+	}
+}
+
+// Whoever has podmon's program in a container, and root's rights there, cannot take from podmon
+// the right to execute it.
+func TestProgramCannotBeSpoiled(t *testing.T) {
+	m := newMachine(t)
+	id, _ := m.start("exec sleep 1000")
+	exe := fmt.Sprintf("/proc/%d/exe", m.podmons()[0])
+	if err := os.Chmod(exe, 0); !errors.Is(err, unix.EPERM) {
+		t.Errorf("its mode is changed: %v", err)
+	}
+	// An ACL by which everybody may read: version 2, then tag, rights and ID of each entry.
+	acl := []byte("\x02\x00\x00\x00\x01\x00\x04\x00\xff\xff\xff\xff\x04\x00\x04\x00\xff\xff\xff\xff\x20\x00\x04\x00\xff\xff\xff\xff")
+	if err := unix.Setxattr(exe, "system.posix_acl_access", acl, 0); !errors.Is(err, unix.EPERM) {
+		t.Errorf("its ACL is changed: %v", err)
+	}
+	if got := m.execOutput(id, "echo", "yes"); got != "yes\n" {
+		t.Errorf("an exec says %q", got)
 	}
 }

@@ -450,7 +450,7 @@ func seal(path string) (_ *os.File, build string, err error) {
 	if err := f.Chmod(0o555); err != nil {
 		return nil, "", fmt.Errorf("copy podmon: %w", err)
 	}
-	const seals = unix.F_SEAL_SEAL | unix.F_SEAL_SHRINK | unix.F_SEAL_GROW | unix.F_SEAL_WRITE
+	seals := unix.F_SEAL_SEAL | unix.F_SEAL_SHRINK | unix.F_SEAL_GROW | unix.F_SEAL_WRITE | unix.F_SEAL_EXEC
 	// EBUSY: the kernel itself has held a page (migration, DAMON), and F_ADD_SEALS has waited
 	// 150 ms for it (mm/memfd.c, memfd_wait_for_pins).
 	for attempt := 0; ; attempt++ {
@@ -458,12 +458,23 @@ func seal(path string) (_ *os.File, build string, err error) {
 		if err == nil {
 			break
 		}
+		if err == unix.EINVAL && seals&unix.F_SEAL_EXEC != 0 { // before Linux 6.3
+			seals &^= unix.F_SEAL_EXEC
+			continue
+		}
 		if err != unix.EBUSY || attempt == sealAttempts {
 			return nil, "", fmt.Errorf("seal podmon: %w", err)
 		}
 	}
+	// A process in a container can have it run, as /proc/self/exe, and the container's root
+	// owns it then: it must not take the right to execute it from all others, by a mode, which
+	// the seal is for, or by an ACL. Before Linux 6.0, and without CAP_LINUX_IMMUTABLE, the
+	// latter stays.
+	_ = unix.IoctlSetPointerInt(fd, unix.FS_IOC_SETFLAGS, immutable)
 	return f, hex.EncodeToString(sum.Sum(nil)), nil
 }
+
+const immutable = 0x10 // FS_IMMUTABLE_FL of linux/fs.h
 
 // buildOf is what seal says of a program.
 func buildOf(path string) (string, error) {

@@ -80,7 +80,7 @@ func (c *Container) plainInit(config *configs.Config, p *libcontainer.Process) *
 	return s
 }
 
-// plainKernel tells whether all that stage.Container needs can be done: not before Linux 5.12,
+// plainKernel tells whether all that stage.Container needs can be done: not before Linux 5.14,
 // nor in a user namespace, where other rules hold for mounts, or under a seccomp filter around
 // podmon that does not know the calls.
 var plainKernel = sync.OnceValue(func() bool {
@@ -89,7 +89,9 @@ var plainKernel = sync.OnceValue(func() bool {
 	}
 	top, err := newTmpfs()
 	if err == nil {
-		err = unix.MountSetattr(top, "", unix.AT_EMPTY_PATH, &unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY})
+		err = unix.MountSetattr(top, "", unix.AT_EMPTY_PATH, &unix.MountAttr{
+			Attr_set: unix.MOUNT_ATTR_RDONLY, Attr_clr: unix.MOUNT_ATTR_NOSYMFOLLOW,
+		})
 		unix.Close(top)
 	}
 	if err == nil {
@@ -203,6 +205,7 @@ func bindOf(dest string, m *configs.Mount) (stage.Step, bool) {
 func fileSystemOf(dest string, m *configs.Mount) (stage.Step, bool) {
 	readonly := m.Flags&unix.MS_RDONLY != 0
 	if m.Flags&^plainFlags != 0 || len(m.PropagationFlags) > 0 || m.RecAttr != nil || readonly && (m.Device == "tmpfs" || dest == "/dev") ||
+		strings.Contains(m.Data, "mpol=") || // it has commas of its own
 		m.Device == "tmpfs" && !strings.Contains(","+m.Data, ",mode=") { // else it has that of what it hides
 		return stage.Step{}, false
 	}
@@ -323,6 +326,9 @@ func (c *Container) startPlainInit(s *plainInit, settings *cgroups.Cgroup) (init
 	_ = process.Signal(unix.SIGKILL) // of no matter to one that has ended
 	state, _ := process.Wait()
 	c.terminate(process)
+	if errors.Is(err, stage.ErrLeft) {
+		return nil, err
+	}
 	// As libcontainer says it.
 	err = fmt.Errorf("unable to start container process: error during container init: %w", killedEarly(err, state))
 	return nil, c.blameOOM(err)
@@ -337,10 +343,10 @@ func (c *Container) awaitInit(process child, order *stage.Order, settings *cgrou
 	if err := order.Send(paths, "", true); err != nil && !errors.Is(err, unix.EPIPE) {
 		return err // else it has ended, and has said why
 	}
-	if err := c.tellLibcontainer(process.Process.Pid, stdio); err != nil {
-		return errors.Join(order.Said(), err)
-	}
 	if err := order.Ready(); err != nil {
+		return err
+	}
+	if err := c.tellLibcontainer(process.Process.Pid, stdio); err != nil {
 		return err
 	}
 	if err := cg.Set(settings.Resources); err != nil {

@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/podshim/podshim/cmd/podmon/internal/crilog"
+	"github.com/podshim/podshim/cmd/podmon/internal/stage"
 	"github.com/podshim/podshim/cmd/podmon/internal/stdio"
 	"github.com/podshim/podshim/internal/monitor/wire"
 )
@@ -106,12 +107,17 @@ func (c *Container) start(r wire.StartRequest) (err error) {
 	}
 	defer ends.close()
 	var init initProcess = process
+	err = stage.ErrLeft
 	if plain != nil {
 		plain.giveStdio(process)
 		init, err = c.startPlainInit(plain, config.Cgroups)
-	} else if err = c.run(process, f); err != nil {
-		c.terminate(process)
-		c.endFifoWait()
+	}
+	if errors.Is(err, stage.ErrLeft) {
+		init = process
+		if err = c.run(process, f); err != nil {
+			c.terminate(process)
+			c.endFifoWait()
+		}
 	}
 	if err != nil {
 		err, known := classify("start", err)

@@ -80,12 +80,15 @@ static void run(void)
 	const struct plan *p = receive(sizeof(*p));
 	const struct step *steps = (const struct step *)(p + 1);
 	const char *text = (const char *)(steps + p->steps);
-	const char *rootfs = next(&text), *net = next(&text), *ipc = next(&text), *uts = next(&text);
+	const char *rootfs = next(&text);
+	const char *net = next(&text), *ipc = next(&text), *uts = next(&text);
 	struct work *all = calloc(p->steps + 1, sizeof(*all));
 	if (!all)
 		fail("hold", "the steps");
 	for (uint32_t i = 0; i < p->steps; i++) {
-		all[i] = (struct work){.s = steps + i, .mount = -1, .path = next(&text), .source = next(&text), .type = next(&text)};
+		all[i] = (struct work){.s = steps + i, .mount = -1, .path = next(&text)};
+		all[i].source = next(&text);
+		all[i].type = next(&text);
 		all[i].options = vector(&text, steps[i].options);
 	}
 	char **readonly = vector(&text, p->readonly), **masked = vector(&text, p->masked);

@@ -176,7 +176,7 @@ func giveStdio(cmd *exec.Cmd, stdin, stdout, stderr *os.File) {
 func ended(err error) bool { return errors.Is(err, unix.EPIPE) || errors.Is(err, unix.ECONNRESET) }
 
 // Ready returns when a container's process has set up everything, or with what kept it from
-// that.
+// that; nothing is left of it then but its cgroups.
 func (o *Order) Ready() error {
 	for {
 		text, _, err := o.read(0)
@@ -189,6 +189,8 @@ func (o *Order) Ready() error {
 			return ErrEnded
 		case len(text) == 2:
 			return nil
+		case len(text) == 3:
+			return ErrLeft
 		case len(text) > 4:
 			return errors.New(string(text))
 		}

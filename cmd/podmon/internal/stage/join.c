@@ -55,6 +55,11 @@ void refuse(const char *format, ...)
 	_exit(write(ORDER, line, n) < 0 ? 2 : 1);
 }
 
+void leave_it(void)
+{
+	_exit(send(ORDER, "lib", 3, MSG_NOSIGNAL) < 0 ? 2 : 1);
+}
+
 int put(const char *path, const char *value)
 {
 	int fd = open(path, O_WRONLY | O_CLOEXEC);

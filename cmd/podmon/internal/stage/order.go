@@ -46,11 +46,16 @@ import (
 //	         podmon or libcontainer has started for -1
 //	1 byte   it is about to execute the program
 //	2 bytes  all of a container is set up but its limits, for which it waits (Proceed)
+//	3 bytes  it ends because the container is one that only libcontainer can make
 //	more     why it ends
 type Order struct{ ours, theirs *os.File }
 
-// ErrEnded is returned for a process that has said nothing of its end.
-var ErrEnded = errors.New("it has ended before its time")
+var (
+	// ErrEnded is returned for a process that has said nothing of its end.
+	ErrEnded = errors.New("it has ended before its time")
+	// ErrLeft is returned for a container that is left to libcontainer.
+	ErrLeft = errors.New("only libcontainer can start it")
+)
 
 // limit is the size of join.c's buffer.
 const limit = 64 << 10

@@ -32,9 +32,10 @@ const void *receive(size_t least)
 	size_t size = least, got = 0;
 
 	for (r = malloc(LARGEST); r && got < size; size = *r) {
-		ssize_t n = recv(ORDER, (char *)r + got, LARGEST - got, 0);
-		if (n < 0 && errno == EINTR)
-			continue;
+		ssize_t n;
+		do
+			n = recv(ORDER, (char *)r + got, LARGEST - got, 0);
+		while (n < 0 && errno == EINTR);
 		if (n <= 0) {
 			errno = n < 0 ? errno : ECANCELED;
 			fail("receive", "the request");

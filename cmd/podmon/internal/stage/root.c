@@ -7,7 +7,6 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
-#include <linux/magic.h>
 #include <linux/openat2.h>
 #include <sched.h>
 #include <stdbool.h>
@@ -16,7 +15,6 @@
 #include <string.h>
 #include <sys/mount.h>
 #include <sys/stat.h>
-#include <sys/statfs.h>
 #include <sys/syscall.h>
 #include <sys/sysmacros.h>
 #include <unistd.h>
@@ -65,7 +63,12 @@ int tree(int at, const char *path, unsigned flags)
 // put_mount mounts what is nowhere yet, and closes its descriptor.
 static void put_mount(int mount, int at, const char *path)
 {
-	if (syscall(SYS_move_mount, mount, "", at, "", MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH) < 0)
+	int done = syscall(SYS_move_mount, mount, "", at, "", MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH);
+	// The file of a mount namespace is mounted below the source, as snapd does, and is older
+	// than this one (mnt_ns_loop in fs/namespace.c). A copy of the node's mounts leaves it out.
+	if (done < 0 && errno == ELOOP)
+		leave_it();
+	if (done < 0)
 		fail("mount on", path);
 	close(mount);
 }
@@ -193,22 +196,23 @@ static int walk(int root, const char *path, bool file)
 	return here;
 }
 
+static dev_t own_proc; // the file system that is the container's /proc, the first of its mounts
+
 // find opens what something is to be mounted on.
 static int find(int root, const char *path, bool file)
 {
 	struct stat st, top;
-	struct statfs fs;
 
 	int fd = in(root, path, O_PATH, 0);
 	// EAGAIN: something was renamed while the kernel went up by "..".
 	if (fd < 0 && (errno == ENOENT || errno == EAGAIN))
 		fd = walk(root, path, file);
-	if (fd < 0 || fstat(fd, &st) < 0 || fstat(root, &top) < 0 || fstatfs(fd, &fs) < 0)
+	if (fd < 0 || fstat(fd, &st) < 0 || fstat(root, &top) < 0)
 		fail("make mountpoint", path);
 	if (st.st_dev == top.st_dev && st.st_ino == top.st_ino)
 		refuse("mount on %.3000s: it is the root", path);
 	// So programs are not shown another process's, or none, of what they trust /proc for.
-	if (fs.f_type == PROC_SUPER_MAGIC)
+	if (st.st_dev == own_proc)
 		refuse("mount on %.3000s: it is inside /proc", path);
 	return fd;
 }
@@ -299,7 +303,7 @@ static void attach(int root, const struct work *w)
 	int at;
 
 	if (fstat(w->mount, &st) < 0)
-		fail("look at", w->source);
+		leave_it(); // FUSE, for others than its user; libcontainer may do without
 	// Where these are has to be beyond doubt.
 	if (w->s->kind == MOUNT && (strcmp(w->type, "proc") == 0 || strcmp(w->type, "sysfs") == 0))
 		at = find_plain(root, w);
@@ -310,6 +314,8 @@ static void attach(int root, const struct work *w)
 		fail("mount on", w->path);
 	put_mount(w->mount, at, w->path);
 	close(at);
+	if (w->s->kind == MOUNT && strcmp(w->type, "proc") == 0)
+		own_proc = st.st_dev;
 }
 
 static void make_node(int root, const struct work *w)
@@ -324,6 +330,8 @@ static void make_node(int root, const struct work *w)
 	mode_t before = umask(0);
 	int made = mknodat(dir, name, s->mode, s->device);
 	umask(before);
+	if (made < 0 && errno == EPERM)
+		leave_it(); // libcontainer binds the node's
 	if (made < 0 && errno != EEXIST)
 		fail("make device", w->path);
 	if (made == 0) {

@@ -12,6 +12,9 @@ const char *reason(void);
 // refuse says why, to podmon alone, and ends the process.
 void refuse(const char *format, ...) __attribute__((noreturn, format(printf, 1, 2)));
 
+// leave_it has libcontainer start the container, and ends the process.
+void leave_it(void) __attribute__((noreturn));
+
 // put writes to a file that exists; -1 with errno when it cannot.
 int put(const char *path, const char *value);
 
