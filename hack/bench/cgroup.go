@@ -53,11 +53,44 @@ func podCgroup(name string) error {
 		return err
 	}
 	for _, root := range roots {
-		if strings.HasSuffix(root, "/cpuset") || strings.HasSuffix(root, "/unified") {
-			continue // the runtime makes them
+		if strings.HasSuffix(root, "/unified") {
+			continue // the runtime makes it
 		}
-		if err := os.MkdirAll(filepath.Join(root, name), 0o755); err != nil {
+		dir := filepath.Join(root, name)
+		if err := os.MkdirAll(dir, 0o755); err != nil {
 			return fmt.Errorf("make the pod's cgroup: %w", err)
+		}
+		if strings.HasSuffix(root, "/cpuset") {
+			if err := copyCpuset(root, dir); err != nil {
+				return fmt.Errorf("make the pod's cgroup: %w", err)
+			}
+		}
+	}
+	return nil
+}
+
+// copyCpuset gives a cpuset, and those between, the CPUs and memory nodes of the topmost.
+func copyCpuset(root, dir string) error {
+	if dir == root {
+		return nil
+	}
+	if err := copyCpuset(root, filepath.Dir(dir)); err != nil {
+		return err
+	}
+	for _, file := range []string{"cpuset.cpus", "cpuset.mems"} {
+		has, err := os.ReadFile(filepath.Join(dir, file))
+		if err != nil {
+			return err
+		}
+		if len(strings.TrimSpace(string(has))) > 0 {
+			continue
+		}
+		all, err := os.ReadFile(filepath.Join(root, file))
+		if err == nil {
+			err = os.WriteFile(filepath.Join(dir, file), all, 0)
+		}
+		if err != nil {
+			return err
 		}
 	}
 	return nil

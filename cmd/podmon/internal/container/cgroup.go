@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"maps"
 	"os"
+	"path/filepath"
+	"strings"
 
 	"github.com/opencontainers/cgroups"
 	"github.com/opencontainers/cgroups/manager"
@@ -170,6 +172,7 @@ func (c *Container) blameOOM(err error) error {
 
 // makeCgroups makes the cgroups and puts nothing into them.
 func makeCgroups(config cgroups.Cgroup, paths map[string]string) error {
+	inheritCpuset(paths)
 	cg, err := manager.NewWithPaths(&config, maps.Clone(paths))
 	if err == nil {
 		err = cg.Apply(-1)
@@ -178,6 +181,28 @@ func makeCgroups(config cgroups.Cgroup, paths map[string]string) error {
 		return fmt.Errorf("make cgroups: %w", err)
 	}
 	return nil
+}
+
+// inheritCpuset makes the cgroup of v1's cpuset hierarchy, with the CPUs and memory nodes of
+// its parent. The cgroups package would write them, and at each such write the kernel makes its
+// scheduling domains anew, which takes the longer the more cpusets there are on the node. Where
+// this does not come about, it does write.
+func inheritCpuset(paths map[string]string) {
+	dir, ok := paths["cpuset"]
+	if !ok || cgroups.IsCgroup2UnifiedMode() {
+		return
+	}
+	const file = "cgroup.clone_children" // for those that are made while it is 1
+	parent := filepath.Dir(dir)
+	was, err := cgroups.ReadFile(parent, file)
+	if err != nil || strings.TrimSpace(was) != "0" || cgroups.WriteFile(parent, file, "1") != nil {
+		return
+	}
+	made := os.Mkdir(dir, 0o755)
+	_ = cgroups.WriteFile(parent, file, "0")
+	if made == nil {
+		_ = cgroups.WriteFile(dir, file, "0")
+	}
 }
 
 // startExec starts a process that is not PID 1, in the container's cgroups.

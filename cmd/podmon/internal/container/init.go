@@ -343,10 +343,11 @@ func (c *Container) awaitInit(process child, order *stage.Order, settings *cgrou
 	if err := order.Send(paths, "", true); err != nil && !errors.Is(err, unix.EPIPE) {
 		return err // else it has ended, and has said why
 	}
-	if err := order.Ready(); err != nil {
-		return err
-	}
+	// Beside the process's work.
 	if err := c.tellLibcontainer(process.Process.Pid, stdio); err != nil {
+		return errors.Join(order.Said(), err)
+	}
+	if err := order.Ready(); err != nil {
 		return err
 	}
 	if err := cg.Set(settings.Resources); err != nil {

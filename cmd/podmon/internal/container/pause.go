@@ -162,6 +162,7 @@ func (c *Container) makeCgroupsFor(process child, order *stage.Order, settings *
 	if c.joins() {
 		pid, paths = -1, maps.Clone(c.rec.CgroupPaths)
 		delete(paths, "") // it is there, or stays where podmon is
+		inheritCpuset(paths)
 	}
 	cg, err := manager.NewWithPaths(settings, maps.Clone(c.rec.CgroupPaths))
 	if err != nil {

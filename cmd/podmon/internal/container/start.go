@@ -107,13 +107,14 @@ func (c *Container) start(r wire.StartRequest) (err error) {
 	}
 	defer ends.close()
 	var init initProcess = process
-	err = stage.ErrLeft
 	if plain != nil {
 		plain.giveStdio(process)
 		init, err = c.startPlainInit(plain, config.Cgroups)
+		if errors.Is(err, stage.ErrLeft) {
+			plain, init, err = nil, process, c.createAgain(r, config)
+		}
 	}
-	if errors.Is(err, stage.ErrLeft) {
-		init = process
+	if plain == nil && err == nil {
 		if err = c.run(process, f); err != nil {
 			c.terminate(process)
 			c.endFifoWait()
@@ -198,6 +199,16 @@ func (c *Container) create(r wire.StartRequest, config *configs.Config) (err err
 		return fmt.Errorf("record: %w", err)
 	}
 	return nil
+}
+
+// createAgain makes libcontainer's container anew, whose first process has ended.
+func (c *Container) createAgain(r wire.StartRequest, config *configs.Config) error {
+	c.showCgroups()
+	c.hidden = nil
+	if err := c.lc.Destroy(); err != nil {
+		return err
+	}
+	return c.create(r, config)
 }
 
 // hookLimit is for hooks that say none, in seconds: a hook that hangs would hold

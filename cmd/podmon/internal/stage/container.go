@@ -6,10 +6,10 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"os/exec"
-	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/podshim/podshim/cmd/podmon/internal/spawn"
 )
 
 // Container describes PID 1 of a container: in a PID and a mount namespace of its own and in a
@@ -137,39 +137,22 @@ func (c *Container) Start(o *Order, cgroup *os.File) (*os.Process, error) {
 	if err != nil {
 		return nil, err
 	}
-	cmd := &exec.Cmd{
-		Path: "/proc/self/exe", Args: []string{"podmon", "container"}, Env: []string{}, ExtraFiles: []*os.File{o.theirs, empty},
-		SysProcAttr: &syscall.SysProcAttr{Cloneflags: c.Own &^ unix.CLONE_NEWCGROUP, Setsid: true},
-	}
-	giveStdio(cmd, c.Stdin, c.Stdout, c.Stderr)
-	if cgroup != nil {
-		cmd.SysProcAttr.UseCgroupFD, cmd.SysProcAttr.CgroupFD = true, int(cgroup.Fd())
-	}
-	if err := cmd.Start(); err != nil {
+	process, err := spawn.Process{
+		Path: self, Args: []string{"podmon", "container"}, Files: []*os.File{c.Stdin, c.Stdout, c.Stderr, o.theirs, empty},
+		Cgroup: cgroup, Cloneflags: c.Own &^ unix.CLONE_NEWCGROUP, Setsid: true,
+	}.Start()
+	if err != nil {
 		return nil, err
 	}
 	o.theirs.Close() // so that its end is seen
 	for _, text := range [][]byte{plan, program} {
 		if err := o.sendRequest(text); err != nil && !ended(err) {
-			_ = cmd.Process.Kill()
-			_, _ = cmd.Process.Wait()
+			_ = process.Kill()
+			_, _ = process.Wait()
 			return nil, err
 		}
 	}
-	return cmd.Process, nil // else it has ended, and Ready says why
-}
-
-// giveStdio leaves out what is nil; in an interface it would not be that.
-func giveStdio(cmd *exec.Cmd, stdin, stdout, stderr *os.File) {
-	if stdin != nil {
-		cmd.Stdin = stdin
-	}
-	if stdout != nil {
-		cmd.Stdout = stdout
-	}
-	if stderr != nil {
-		cmd.Stderr = stderr
-	}
+	return process, nil // else it has ended, and Ready says why
 }
 
 // ended tells whether an error in telling a process something is its end.

@@ -2,9 +2,12 @@ package stage
 
 import (
 	"os"
-	"os/exec"
-	"syscall"
+
+	"github.com/podshim/podshim/cmd/podmon/internal/spawn"
 )
+
+// self is this program.
+const self = "/proc/self/exe"
 
 // Exec describes a process of a running container: it is in a session of its own, without
 // whatever podmon has open.
@@ -26,12 +29,10 @@ func (e *Exec) Start(o *Order, cgroups map[string]string, instead string) (*os.P
 	if err != nil {
 		return nil, err
 	}
-	cmd := &exec.Cmd{
-		Path: "/proc/self/exe", Args: []string{"podmon", "exec"}, Env: []string{}, ExtraFiles: []*os.File{o.theirs, e.Init},
-		SysProcAttr: &syscall.SysProcAttr{},
-	}
-	giveStdio(cmd, e.Stdin, e.Stdout, e.Stderr)
-	if err := cmd.Start(); err != nil {
+	process, err := spawn.Process{
+		Path: self, Args: []string{"podmon", "exec"}, Files: []*os.File{e.Stdin, e.Stdout, e.Stderr, o.theirs, e.Init},
+	}.Start()
+	if err != nil {
 		return nil, err
 	}
 	o.theirs.Close() // so that its end is seen
@@ -40,9 +41,9 @@ func (e *Exec) Start(o *Order, cgroups map[string]string, instead string) (*os.P
 		err = o.Send(cgroups, instead, true)
 	}
 	if err != nil && !ended(err) {
-		_ = cmd.Process.Kill()
-		_, _ = cmd.Process.Wait()
+		_ = process.Kill()
+		_, _ = process.Wait()
 		return nil, err
 	}
-	return cmd.Process, nil // else it has ended, and Started says why
+	return process, nil // else it has ended, and Started says why
 }

@@ -3,11 +3,11 @@ package stage
 import (
 	"fmt"
 	"os"
-	"os/exec"
 	"strconv"
-	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/podshim/podshim/cmd/podmon/internal/spawn"
 )
 
 // Pause describes an infra container that runs the embedded pause program: without
@@ -56,16 +56,13 @@ func (p Pause) Start(o *Order, cgroup *os.File) (*os.Process, error) {
 	}
 	tree := os.NewFile(uintptr(fd), p.Root)
 	defer tree.Close()
-	cmd := &exec.Cmd{
-		Path: "/proc/self/exe", Args: args, Env: []string{}, ExtraFiles: []*os.File{o.theirs, empty, tree},
-		SysProcAttr: &syscall.SysProcAttr{Cloneflags: p.Own, Setsid: true},
-	}
-	if cgroup != nil {
-		cmd.SysProcAttr.UseCgroupFD, cmd.SysProcAttr.CgroupFD = true, int(cgroup.Fd())
-	}
-	if err := cmd.Start(); err != nil {
+	process, err := spawn.Process{
+		Path: self, Args: args, Files: []*os.File{nil, nil, nil, o.theirs, empty, tree},
+		Cgroup: cgroup, Cloneflags: p.Own, Setsid: true,
+	}.Start()
+	if err != nil {
 		return nil, fmt.Errorf("start pause: %w", err)
 	}
 	o.theirs.Close() // so that its end is seen
-	return cmd.Process, nil
+	return process, nil
 }
