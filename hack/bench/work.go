@@ -292,25 +292,40 @@ func (b *bench) crowd(ctx context.Context) error {
 	section := fmt.Sprintf("%s alone, %d pods of two containers, bridge network", s.name, b.sizes.crowd)
 	few := max(b.sizes.crowd/40, 1)
 	which := map[bool]string{true: fmt.Sprintf("the first %d", few), false: fmt.Sprintf("the last %d", few)}
-	if err := b.passing(ctx, b.report.timer(section, s).of("host network, before them").only("pod up"), few); err != nil {
-		return err
-	}
 	var pods []*pod
-	for i := range b.sizes.crowd {
-		p, err := s.newPod(false)
+	up := func(host bool, t timer) error {
+		p, err := s.newPod(host)
 		if err != nil {
 			return err
 		}
 		pods = append(pods, p)
+		if err := p.up(ctx, t, 2); err != nil {
+			return fmt.Errorf("pod %d: %w", len(pods), err)
+		}
+		return nil
+	}
+	// What a pod costs without network plugins.
+	onHost := func(when string) error {
+		for range few {
+			if err := up(true, b.report.timer(section, s).of("host network, "+when).only("pod up")); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	if err := onHost("before them"); err != nil {
+		return err
+	}
+	for i := range b.sizes.crowd {
 		var t timer
 		if i < few || i >= b.sizes.crowd-few {
 			t = b.report.timer(section, s).of(which[i < few])
 		}
-		if err := p.up(ctx, t, 2); err != nil {
-			return fmt.Errorf("pod %d: %w", i, err)
+		if err := up(false, t); err != nil {
+			return err
 		}
 	}
-	if err := b.passing(ctx, b.report.timer(section, s).of("host network, beside them").only("pod up"), few); err != nil {
+	if err := onHost("after them"); err != nil {
 		return err
 	}
 	if err := b.lists(ctx, section, b.subjects[:1], map[*subject][]*pod{s: pods}); err != nil {
@@ -323,24 +338,6 @@ func (b *bench) crowd(ctx context.Context) error {
 	b.report.add(section, "memory of daemon and podmon", "MB", s, float64(bytes)/1e6)
 	for _, p := range pods {
 		if err := p.down(ctx, b.report.timer(section, s).only("pod down")); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// passing runs some pods of two containers on the host's network, one after the other: what a
-// pod costs without network plugins.
-func (b *bench) passing(ctx context.Context, t timer, count int) error {
-	for range count {
-		p, err := b.subjects[0].newPod(true)
-		if err != nil {
-			return err
-		}
-		if err := p.up(ctx, t, 2); err != nil {
-			return err
-		}
-		if err := p.down(ctx, nil); err != nil {
 			return err
 		}
 	}
