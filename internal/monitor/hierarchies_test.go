@@ -64,8 +64,8 @@ func TestHierarchies(t *testing.T) {
 	}
 }
 
-// Where something else of the container's lies above or below, libcontainer's order of
-// mounts holds: a volume on /sys hides the cgroups, also where it gets there by a link.
+// The order of mounts holds: a volume on /sys hides the cgroups, also where it gets there by a
+// link.
 func TestHierarchiesBelowVolume(t *testing.T) {
 	skipUnlessV1(t)
 	m := newMachine(t)
@@ -74,7 +74,7 @@ func TestHierarchiesBelowVolume(t *testing.T) {
 	must(t, os.MkdirAll(filepath.Join(volume, "fs/cgroup"), 0o755))
 	for _, dest := range []string{"/sys", "/link", "/link/fs/cgroup"} {
 		id, _ := m.start("exec sleep 1000", func(r *monitor.StartRequest) {
-			r.Spec.Mounts = append(r.Spec.Mounts, specs.Mount{Destination: dest, Type: "bind", Source: volume, Options: []string{"bind"}})
+			r.Spec.Mounts = append(r.Spec.Mounts, volumeOf(volume, dest))
 		})
 		at := strings.Replace(dest, "/link", "/sys", 1)
 		if got := m.execOutput(id, "ls", at); got != "fs\n" {

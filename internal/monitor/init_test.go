@@ -149,7 +149,7 @@ func TestContainerIsWhatLibcontainerMakes(t *testing.T) {
 		"volumes in volumes": add(
 			volumeOf(volume, "/v"), volumeOf(file, "/v/file"), volumeOf(volume, "/v/below/more"), volumeOf(file, "/v/below/new"),
 		),
-		"the whole host": add(volumeOf("/", "/host", "ro"), volumeOf("/proc", "/host/proc", "ro"), volumeOf("/sys", "/host/sys", "ro")),
+		"the whole host":   add(volumeOf("/", "/host", "ro"), volumeOf("/proc", "/host/proc", "ro"), volumeOf("/sys", "/host/sys", "ro")),
 		"a volume at /dev": add(volumeOf("/dev", "/dev")),
 		"a volume at /sys": add(volumeOf(volume, "/sys")),
 		"paths that are hidden and read-only": func(s *specs.Spec) {
@@ -159,6 +159,7 @@ func TestContainerIsWhatLibcontainerMakes(t *testing.T) {
 		},
 		"devices": func(s *specs.Spec) {
 			mode, id := fs.FileMode(0o4625), uint32(77)
+			s.Linux.Resources.Devices = []specs.LinuxDeviceCgroup{{Allow: true, Access: "rwm"}}
 			s.Linux.Devices = []specs.LinuxDevice{
 				{Path: "/dev/char", Type: "c", Major: 1, Minor: 8, FileMode: &mode, UID: &id, GID: &id},
 				{Path: "/dev/deep/down/block", Type: "b", Major: 7, Minor: 0},

@@ -62,24 +62,15 @@ func (c *Container) run(process *libcontainer.Process, f *filtered) error {
 		}
 		return c.hideCgroups()
 	}
-	v, err := c.startInit(process, config.Cgroups, f)
+	err := c.startInit(process, config.Cgroups, f)
 	if err != nil {
 		return err
 	}
 	// The program waits for Exec: podmon's own work there is under no limit.
-	mounted := make(chan error, 1)
-	go func() {
-		if v == nil {
-			mounted <- nil
-			return
-		}
-		defer v.close()
-		mounted <- v.mount(process)
-	}()
 	if err = c.lc.Set(config); err != nil {
 		err = fmt.Errorf("set limits: %w", err)
 	}
-	if err := errors.Join(err, <-mounted, c.hideCgroups()); err != nil {
+	if err := errors.Join(err, c.hideCgroups()); err != nil {
 		return err
 	}
 	if f == nil {
@@ -109,20 +100,19 @@ func hasHooks(config *configs.Config) bool {
 }
 
 // startInit starts "podmon init" as PID 1. libcontainer has no cgroup meanwhile and is
-// told to make do without; afterwards it has them again. The view, nil when none is taken,
-// is the caller's to mount and to close.
-func (c *Container) startInit(process *libcontainer.Process, settings *cgroups.Cgroup, f *filtered) (v *view, err error) {
+// told to make do without; afterwards it has them again.
+func (c *Container) startInit(process *libcontainer.Process, settings *cgroups.Cgroup, f *filtered) error {
 	if !c.joins() { // it is f that needs more steps than one
 		process.ExtraFiles = f.files(c.m.executable, nil)
-		return nil, c.lc.Start(process)
+		return c.lc.Start(process)
 	}
 	wanted := *settings
 	if err := c.hideCgroups(); err != nil {
-		return nil, err
+		return err
 	}
 	order, err := stage.NewOrder()
 	if err != nil {
-		return nil, err
+		return err
 	}
 	process.ExtraFiles = []*os.File{order.File()}
 	if f != nil {
@@ -136,11 +126,6 @@ func (c *Container) startInit(process *libcontainer.Process, settings *cgroups.C
 		if err == nil {
 			err = order.Send(c.rec.CgroupPaths, "", true)
 		}
-		if err == nil && c.taken != nil {
-			if v, err = newView(c.taken, c.rec.CgroupPaths); err != nil {
-				err = fmt.Errorf("mount cgroups: %w", err)
-			}
-		}
 		if err != nil {
 			order.Cancel()
 		}
@@ -153,10 +138,7 @@ func (c *Container) startInit(process *libcontainer.Process, settings *cgroups.C
 	err = settle(order, process, err)
 	*settings = wanted
 	c.showCgroups()
-	if err != nil && v != nil {
-		v.close()
-	}
-	return v, c.blameOOM(err)
+	return c.blameOOM(err)
 }
 
 // blameOOM says so where a start has failed because memory is short.

@@ -37,7 +37,6 @@ import (
 	_ "github.com/opencontainers/cgroups/devices" // lets cgroup managers set device rules
 	"github.com/opencontainers/cgroups/manager"
 	"github.com/opencontainers/runc/libcontainer"
-	"github.com/opencontainers/runc/libcontainer/configs"
 	"github.com/sirupsen/logrus"
 	"golang.org/x/sys/unix"
 
@@ -124,9 +123,8 @@ type Container struct {
 	filter     atomic.Pointer[filter.Filter] // see filterOf
 	unfiltered atomic.Bool                   // the log has why there is none
 
-	taken  *configs.Mount // by takeHierarchies; Start's own
-	killBy time.Time      // watch's own: when killing leftovers ends
-	killed atomic.Bool    // podmon has sent SIGKILL
+	killBy time.Time   // watch's own: when killing leftovers ends
+	killed atomic.Bool // podmon has sent SIGKILL
 	// executed: PID 1 is the container's own program; see awaitProgram.
 	executed atomic.Bool
 

@@ -84,31 +84,42 @@ func (c *Container) plainInit(config *configs.Config, p *libcontainer.Process) *
 // nor in a user namespace, where other rules hold for mounts, or under a seccomp filter around
 // podmon that does not know the calls.
 var plainKernel = sync.OnceValue(func() bool {
-	if userns.RunningInUserNS() {
-		return false
+	err := errors.New("podmon is in a user namespace")
+	if !userns.RunningInUserNS() {
+		err = tryMounts()
 	}
-	top, err := newTmpfs()
-	if err == nil {
-		err = unix.MountSetattr(top, "", unix.AT_EMPTY_PATH, &unix.MountAttr{
-			Attr_set: unix.MOUNT_ATTR_RDONLY, Attr_clr: unix.MOUNT_ATTR_NOSYMFOLLOW,
-		})
-		unix.Close(top)
+	if err != nil {
+		logrus.WithError(err).Warn("libcontainer starts all containers")
 	}
-	if err == nil {
-		var fd int
-		if fd, err = unix.OpenTree(unix.AT_FDCWD, "/", unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC); err == nil {
-			unix.Close(fd)
-		}
-	}
-	if err == nil {
-		_, err = stage.Empty()
-	}
-	if err == nil {
-		return true
-	}
-	logrus.WithError(err).Warn("libcontainer starts all containers")
-	return false
+	return err == nil
 })
+
+func tryMounts() error {
+	fs, err := unix.Fsopen("tmpfs", unix.FSOPEN_CLOEXEC)
+	if err != nil {
+		return os.NewSyscallError("fsopen", err)
+	}
+	defer unix.Close(fs)
+	if err := errors.Join(unix.FsconfigSetString(fs, "source", "tmpfs"), unix.FsconfigCreate(fs)); err != nil {
+		return os.NewSyscallError("fsconfig", err)
+	}
+	top, err := unix.Fsmount(fs, unix.FSMOUNT_CLOEXEC, 0)
+	if err != nil {
+		return os.NewSyscallError("fsmount", err)
+	}
+	defer unix.Close(top)
+	attr := unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY, Attr_clr: unix.MOUNT_ATTR_NOSYMFOLLOW}
+	if err := unix.MountSetattr(top, "", unix.AT_EMPTY_PATH, &attr); err != nil {
+		return os.NewSyscallError("mount_setattr", err)
+	}
+	fd, err := unix.OpenTree(unix.AT_FDCWD, "/", unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
+	if err != nil {
+		return os.NewSyscallError("open_tree", err)
+	}
+	unix.Close(fd)
+	_, err = stage.Empty()
+	return err
+}
 
 // addMounts is false for mounts that only libcontainer makes: those that go on from one side to
 // the other, which must not miss what comes while they are not attached yet; id-mapped ones;

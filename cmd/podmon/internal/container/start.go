@@ -77,7 +77,6 @@ func (c *Container) start(r wire.StartRequest) (err error) {
 		plain = c.plainInit(config, process)
 	}
 	if plain == nil {
-		c.taken = c.takeHierarchies(config)
 		if f, err = c.takeFilter(process, config); err != nil {
 			return err
 		}
