@@ -14,9 +14,9 @@
 // drops SIGTERM, SIGINT and SIGHUP. When it is killed all the same, the daemon starts
 // another one that takes over.
 //
-// It runs itself again: as "podmon init" when libcontainer starts a container, as "podmon
-// pause" and "podmon exec" for what it starts alone, as "podmon filter" to compile a seccomp
-// profile.
+// It runs itself again: as "podmon container", "podmon pause" and "podmon exec" for what it
+// starts alone, as "podmon init" and "podmon start" for what libcontainer starts, as "podmon
+// filter" to compile a seccomp profile.
 package main
 
 import (

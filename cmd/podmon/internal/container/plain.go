@@ -1,6 +1,7 @@
 package container
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -66,7 +67,7 @@ func (c *Container) programOf(p *libcontainer.Process, config *configs.Config) *
 	e := &stage.Program{
 		Args: p.Args, Env: environment(p.Env), Cwd: p.Cwd,
 		UID: uint32(p.UID), GID: uint32(p.GID), NoNewPrivs: *p.NoNewPrivileges,
-		AppArmor: firstOf(p.AppArmorProfile, config.AppArmorProfile), SELinux: firstOf(p.Label, config.ProcessLabel),
+		AppArmor: cmp.Or(p.AppArmorProfile, config.AppArmorProfile), SELinux: cmp.Or(p.Label, config.ProcessLabel),
 	}
 	if e.Env == nil || e.Cwd == "" {
 		return nil
@@ -159,13 +160,6 @@ func capabilityBits(names []string) (bits uint64) {
 		}
 	}
 	return bits
-}
-
-func firstOf(a, b string) string {
-	if a != "" {
-		return a
-	}
-	return b
 }
 
 // startPlain starts a process of the container without libcontainer: most execs are

@@ -1,7 +1,8 @@
 // Package stage is what processes that podmon starts do first, in C and before any code of
-// libcontainer or Go: all of them join their cgroups, where podmon has no better way. The
-// pause of a pod and most processes that are executed in a container are started by it
-// alone (pause.c, exec.c), and a container with a seccomp profile is finished by it (start.go).
+// libcontainer or Go: all of them join their cgroups, where podmon has no better way. Most
+// containers (container.c, root.c), most processes that are executed in one (exec.c) and the
+// pause of a pod (pause.c) are started by it alone, and a container with a seccomp profile that
+// libcontainer starts is finished by it (start.go).
 //
 // Joining, on cgroup v1: whoever moves another process there waits for an RCU grace period,
 // 5 to 20 ms, because a write to cgroup.procs takes cgroup_threadgroup_rwsem

@@ -1,7 +1,6 @@
 // "podmon pause": makes a process the infra container of a pod and executes the embedded
 // pause program. It is born in the namespaces that are the pod's own; those that exist are
-// joined by path. A mount namespace begins as a copy, which takes the longer the more pods
-// there are on the node: its own is a copy of one that is kept for that, with nothing in it. One thread, which ends here: neither libcontainer nor Go is ever reached.
+// joined by path. One thread, which ends here: neither libcontainer nor Go is ever reached.
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>

@@ -1,6 +1,7 @@
 // The root of a container. What is mounted there comes as descriptors of mounts that are
 // nowhere yet, by the calls of Linux 5.2 and later: no path leads to it from the outside, and
-// the node's mount table is neither copied nor changed. Paths in the root are never
+// the node's mount table is neither changed nor copied, which would take the longer the more
+// pods there are: the namespace is a copy of one with nothing in it. Paths in the root are never
 // trusted, and are followed as if the root were "/": the image, or who writes to a volume
 // meanwhile, may have put links anywhere (CVE-2021-30465, CVE-2025-52881).
 #define _GNU_SOURCE

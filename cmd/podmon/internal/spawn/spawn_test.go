@@ -1,0 +1,120 @@
+package spawn
+
+import (
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"testing"
+	"time"
+)
+
+// open opens a file so often that the next number is at least n.
+func open(t testing.TB, n int) {
+	t.Helper()
+	for {
+		f, err := os.Open("/proc/self/stat")
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { f.Close() })
+		if int(f.Fd()) >= n {
+			return
+		}
+	}
+}
+
+// output runs a shell script and returns what it says.
+func output(t testing.TB, script string) string {
+	t.Helper()
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	p, err := Process{Path: "/bin/sh", Args: []string{"sh", "-c", script}, Files: []*os.File{nil, w, w}, Setsid: true}.Start()
+	w.Close() // also the thread's, or there is no end
+	if err != nil {
+		t.Fatal(err)
+	}
+	said, err := io.ReadAll(r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if state, err := p.Wait(); err != nil || !state.Success() {
+		t.Errorf("%v, %v: %s", state, err, said)
+	}
+	return string(said)
+}
+
+// A process is the same with few descriptors and with many, and made by the thread with many.
+func TestStart(t *testing.T) {
+	const script = `echo "$$ $(cut -d' ' -f4,6 /proc/$$/stat)"; ls -l /proc/$$/fd | sed -n 's/.* \([012] -> .*\)/\1/p'; tr '\0' ' ' </proc/$$/environ; cat <&0`
+	said := map[bool]string{}
+	for _, crowded := range []bool{false, true} {
+		if crowded {
+			open(t, many)
+		}
+		lines := strings.SplitN(output(t, script), "\n", 2)
+		var pid, parent, session int
+		if _, err := fmt.Sscan(lines[0], &pid, &parent, &session); err != nil || parent != os.Getpid() || session != pid {
+			t.Errorf("%q: not our child, or not in a session of its own: %v", lines[0], err)
+		}
+		said[crowded] = strings.Map(func(r rune) rune { // the pipe's number
+			if r >= '0' && r <= '9' {
+				return '#'
+			}
+			return r
+		}, lines[1])
+	}
+	if said[false] != said[true] || !strings.Contains(said[true], "pipe:") || strings.Contains(said[true], "/stat") {
+		t.Errorf("with few descriptors %q, with many %q", said[false], said[true])
+	}
+	least := 1 << 20
+	threads, err := filepath.Glob("/proc/self/task/*/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, dir := range threads {
+		if fds, err := os.ReadDir(dir); err == nil {
+			least = min(least, len(fds))
+		}
+	}
+	if least > 10 {
+		t.Errorf("each thread has %d descriptors and more", least)
+	}
+}
+
+// The thread lives with Go's collector and poller, and keeps nothing open.
+func TestThreadUnderCollection(t *testing.T) {
+	open(t, many)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for range 200 {
+			runtime.GC()
+			time.Sleep(time.Millisecond)
+		}
+	}()
+	for n := 0; ; n++ {
+		if got := output(t, "echo yes"); got != "yes\n" {
+			t.Fatalf("process %d says %q", n, got)
+		}
+		select {
+		case <-done:
+			return
+		default:
+		}
+	}
+}
+
+func TestStartFails(t *testing.T) {
+	for range 2 {
+		if _, err := (Process{Path: "/nonesuch", Args: []string{"x"}, Files: []*os.File{nil}}).Start(); !os.IsNotExist(err) {
+			t.Errorf("%v", err)
+		}
+		open(t, many)
+	}
+}
