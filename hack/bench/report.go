@@ -67,6 +67,9 @@ func (t timer) only(step string) timer {
 
 // of says whose steps they are.
 func (t timer) of(which string) timer {
+	if t == nil {
+		return nil
+	}
 	return func(s string, d time.Duration) { t(s+", "+which, d) }
 }
 

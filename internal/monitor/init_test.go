@@ -92,6 +92,9 @@ func listing(t *testing.T, dir string) string {
 func started(t *testing.T, name string, pid int) {
 	t.Helper()
 	for !strings.HasPrefix(procStat(pid), fmt.Sprintf("%d (%s) S ", pid, name)) {
+		if stat := procStat(pid); stat == "" || strings.Contains(stat, ") Z ") {
+			t.Fatalf("process %d has ended: %q", pid, stat)
+		}
 		time.Sleep(time.Millisecond)
 	}
 }
@@ -203,6 +206,11 @@ func TestContainerIsWhatLibcontainerMakes(t *testing.T) {
 					r.Spec.Process = by(r.Spec.Process)
 					r.Stdin = name == "a pipe for input"
 				})
+				// libcontainer answers before the program runs. (Where a mount namespace's file is
+				// mounted on the host, all of it goes to libcontainer.)
+				if exe, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", p.PID)); i == 0 && name != "the whole host" && (err != nil || strings.HasPrefix(exe, "/memfd:")) {
+					t.Errorf("it is not podmon that has started it: it runs %s, %v", exe, err)
+				}
 				started(t, "sleep", p.PID)
 				looked := looks(t, id, p)
 				for what, value := range looked { // pipes are each container's own
@@ -278,6 +286,7 @@ func TestContainerRefuses(t *testing.T) {
 		"the directory is podmon's":    {nil, func(s *specs.Spec) { s.Process.Cwd = "/proc/self/fd/3" }, ""},
 		"a directory in one of podmon": {nil, func(s *specs.Spec) { s.Process.Cwd = "/proc/self/fd/4/new" }, ""},
 		"/dev/null is a file": {func(t *testing.T, m *machine) {
+			must(t, os.RemoveAll(filepath.Join(volume, "null")))
 			must(t, os.WriteFile(filepath.Join(volume, "null"), nil, 0o666))
 		}, withNull, "/dev/null is invalid"},
 		"/dev/null is another": {func(t *testing.T, m *machine) {
@@ -315,8 +324,10 @@ func TestContainerRefuses(t *testing.T) {
 				if left := children(t, m.podmons()[0]); len(left) != 0 {
 					t.Errorf("podmon's children: %v", left)
 				}
-				if left, _ := filepath.Glob("/sys/fs/cgroup/*" + m.cgroup + "/" + id); len(left) > 0 {
-					t.Errorf("cgroups are left: %v", left)
+				for _, pattern := range []string{"/sys/fs/cgroup/*", "/sys/fs/cgroup"} { // v1, v2
+					if left, _ := filepath.Glob(pattern + m.cgroup + "/" + id); len(left) > 0 {
+						t.Errorf("cgroups are left: %v", left)
+					}
 				}
 				if n := descriptors(t, m.podmons()[0]); i == 0 && n > before { // libcontainer leaves one to the GC
 					t.Errorf("podmon had %d descriptors, and has %d", before, n)
@@ -407,6 +418,15 @@ func TestVolumeAboveMountNamespace(t *testing.T) {
 // the right to execute it.
 func TestProgramCannotBeSpoiled(t *testing.T) {
 	m := newMachine(t)
+	fd, err := unix.MemfdCreate("probe", unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING)
+	must(t, err)
+	defer unix.Close(fd)
+	if _, err := unix.FcntlInt(uintptr(fd), unix.F_ADD_SEALS, unix.F_SEAL_EXEC); err != nil {
+		t.Skip("needs Linux 6.3: ", err)
+	}
+	if err := unix.IoctlSetPointerInt(fd, unix.FS_IOC_SETFLAGS, 0x10); err != nil {
+		t.Skip("needs Linux 6.0 and CAP_LINUX_IMMUTABLE: ", err)
+	}
 	id, _ := m.start("exec sleep 1000")
 	exe := fmt.Sprintf("/proc/%d/exe", m.podmons()[0])
 	if err := os.Chmod(exe, 0); !errors.Is(err, unix.EPERM) {

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 
 	"github.com/opencontainers/cgroups"
 	"github.com/opencontainers/cgroups/manager"
@@ -165,17 +166,21 @@ func makeCgroups(config cgroups.Cgroup, paths map[string]string) error {
 	return nil
 }
 
+var inheriting sync.Mutex
+
 // inheritCpuset makes the cgroup of v1's cpuset hierarchy, with the CPUs and memory nodes of
 // its parent. The cgroups package would write them, and at each such write the kernel makes its
 // scheduling domains anew, which takes the longer the more cpusets there are on the node. Where
 // this does not come about, it does write.
 func inheritCpuset(paths map[string]string) {
 	dir, ok := paths["cpuset"]
-	if !ok || cgroups.IsCgroup2UnifiedMode() {
+	parent := filepath.Dir(dir)
+	if !ok || cgroups.IsCgroup2UnifiedMode() || filepath.Dir(parent) == cgroupRoot { // the hierarchy's root is everybody's
 		return
 	}
+	inheriting.Lock()
+	defer inheriting.Unlock()
 	const file = "cgroup.clone_children" // for those that are made while it is 1
-	parent := filepath.Dir(dir)
 	was, err := cgroups.ReadFile(parent, file)
 	if err != nil || strings.TrimSpace(was) != "0" || cgroups.WriteFile(parent, file, "1") != nil {
 		return

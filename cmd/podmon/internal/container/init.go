@@ -242,7 +242,7 @@ func (c *Container) addCgroups(s *plainInit, dest string, m *configs.Mount, conf
 		return ok
 	}
 	if !c.joins() || config.Namespaces.Contains(configs.NEWCGROUP) || len(m.PropagationFlags) > 0 || m.RecAttr != nil ||
-		s.view != nil || len(hierarchies()) == 0 {
+		m.Flags&viewFlags != viewFlags || m.Flags&^plainFlags != 0 || s.view != nil || len(hierarchies()) == 0 {
 		return false
 	}
 	s.Steps = append(s.Steps, stage.Mount(dest, "tmpfs", "tmpfs", []string{"mode=755"}, attributesOf(viewFlags)))
@@ -261,7 +261,10 @@ func (s *plainInit) addHierarchies(paths map[string]string) error {
 	if err != nil {
 		return err
 	}
-	top := stage.Attributes{Set: attributesOf(viewFlags | s.view.Flags&unix.MS_RDONLY)}
+	top := stage.Attributes{Set: attributesOf(s.view.Flags)}
+	if s.view.Flags&atimeFlags != 0 {
+		top.Clear = unix.MOUNT_ATTR__ATIME | unix.MOUNT_ATTR_NODIRATIME
+	}
 	dest := path.Clean("/" + s.view.Destination)
 	var binds, links []stage.Step
 	for _, h := range hierarchies() {
@@ -330,7 +333,10 @@ func (c *Container) startPlainInit(s *plainInit, settings *cgroups.Cgroup) (init
 	if err != nil {
 		return nil, err
 	}
-	if err = c.awaitInit(process, order, settings, [3]*os.File{s.Stdin, s.Stdout, s.Stderr}); err == nil {
+	if err = s.Request(order); err == nil {
+		err = c.awaitInit(process, order, settings, [3]*os.File{s.Stdin, s.Stdout, s.Stderr})
+	}
+	if err == nil {
 		c.executed.Store(true)
 		return process, nil
 	}
@@ -351,7 +357,7 @@ func (c *Container) awaitInit(process child, order *stage.Order, settings *cgrou
 	if err != nil {
 		return err
 	}
-	if err := order.Send(paths, "", true); err != nil && !errors.Is(err, unix.EPIPE) {
+	if err := order.Send(paths, "", true); err != nil && !stage.Ended(err) {
 		return err // else it has ended, and has said why
 	}
 	// Beside the process's work.

@@ -149,7 +149,7 @@ func (c *Container) commandPause(process child, order *stage.Order, settings *cg
 	if err := cg.Set(settings.Resources); err != nil {
 		return errors.Join(order.Said(), fmt.Errorf("set limits: %w", err))
 	}
-	if err := order.Send(paths, "", true); err != nil && !errors.Is(err, unix.EPIPE) {
+	if err := order.Send(paths, "", true); err != nil && !stage.Ended(err) {
 		return err // else it has ended, and has said why
 	}
 	return c.tellLibcontainer(process.Process.Pid, [3]*os.File{})

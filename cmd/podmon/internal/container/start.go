@@ -169,13 +169,15 @@ func (c *Container) configure(r wire.StartRequest) (*configs.Config, error) {
 
 // create makes libcontainer's container and records it.
 func (c *Container) create(r wire.StartRequest, config *configs.Config) (err error) {
-	if c.lc, err = libcontainer.Create(c.m.stateRoot(), c.ID, config); err != nil {
+	lc, err := libcontainer.Create(c.m.stateRoot(), c.ID, config)
+	if err != nil {
 		if errors.Is(err, libcontainer.ErrExist) {
 			return wire.Errorf(wire.ClassExists, "create: %w", err)
 		}
 		return fmt.Errorf("create: %w", err)
 	}
-	state, err := c.lc.State()
+	c.lc = lc
+	state, err := lc.State()
 	if err != nil {
 		return fmt.Errorf("create: %w", err)
 	}

@@ -6,6 +6,8 @@
 package spawn
 
 import (
+	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -33,65 +35,62 @@ const many = 500
 
 // Start starts it.
 func (p Process) Start() (*os.Process, error) {
-	fork := func() (int, error) { return p.fork(own) }
-	if p.highest() >= many {
-		if t := thread(); t != nil {
-			fork = func() (int, error) { return t.run(p) }
+	numbers, highest := make([]int, len(p.Files)), 0
+	for i, f := range p.Files {
+		numbers[i] = none
+		if f != nil {
+			numbers[i] = int(f.Fd())
+			highest = max(highest, numbers[i])
 		}
 	}
-	pid, err := fork()
+	cgroup := none
+	if p.Cgroup != nil {
+		cgroup = int(p.Cgroup.Fd())
+	}
+	defer runtime.KeepAlive(p)
+	pid, err := -1, errors.New("no thread")
+	// The kernel has given the highest number as the lowest that was free.
+	if highest >= many {
+		if t := thread(); t != nil {
+			pid, err = t.run(job{p: p, files: numbers, cgroup: cgroup})
+		}
+	}
+	if pid < 0 && !errors.Is(err, errStart) {
+		pid, err = p.fork(numbers, cgroup)
+	}
 	if err != nil {
 		return nil, &os.PathError{Op: "fork/exec", Path: p.Path, Err: err}
 	}
 	return os.FindProcess(pid)
 }
 
-// highest is the highest number of its files, which the kernel has given as the lowest that
-// was free.
-func (p Process) highest() (highest uintptr) {
-	for _, f := range p.Files {
-		if f != nil {
-			highest = max(highest, f.Fd())
-		}
-	}
-	return highest
-}
+// none is no descriptor: /dev/null, or no cgroup.
+const none = -1
 
-// descriptor is a file's number where the process is made, and what gives it back.
-type descriptor func(*os.File) (fd int, done func(), err error)
+// errStart is an error that another thread would have as well.
+var errStart = errors.New("the process cannot be made")
 
-func own(f *os.File) (int, func(), error) { return int(f.Fd()), func() {}, nil }
-
-func (p Process) fork(number descriptor) (int, error) {
+func (p Process) fork(files []int, cgroup int) (int, error) {
 	attr := &syscall.ProcAttr{Env: []string{}, Sys: &syscall.SysProcAttr{Cloneflags: p.Cloneflags, Setsid: p.Setsid}}
-	for i, f := range p.Files {
-		if f == nil {
+	for i, fd := range files {
+		if fd == none {
 			null, err := unix.Open(os.DevNull, map[bool]int{true: unix.O_RDONLY, false: unix.O_WRONLY}[i == 0]|unix.O_CLOEXEC, 0)
 			if err != nil {
-				return 0, &os.PathError{Op: "open", Path: os.DevNull, Err: err}
+				return none, &os.PathError{Op: "open", Path: os.DevNull, Err: err}
 			}
 			defer unix.Close(null)
-			attr.Files = append(attr.Files, uintptr(null))
-			continue
+			fd = null
 		}
-		fd, done, err := number(f)
-		if err != nil {
-			return 0, err
-		}
-		defer done()
 		attr.Files = append(attr.Files, uintptr(fd))
 	}
-	if p.Cgroup != nil {
-		fd, done, err := number(p.Cgroup)
-		if err != nil {
-			return 0, err
-		}
-		defer done()
-		attr.Sys.UseCgroupFD, attr.Sys.CgroupFD = true, fd
+	if cgroup != none {
+		attr.Sys.UseCgroupFD, attr.Sys.CgroupFD = true, cgroup
 	}
 	pid, err := syscall.ForkExec(p.Path, p.Args, attr)
-	runtime.KeepAlive(p)
-	return pid, err
+	if err != nil {
+		return none, fmt.Errorf("%w: %w", errStart, err)
+	}
+	return pid, nil
 }
 
 // maker is the thread.
@@ -102,6 +101,8 @@ type maker struct {
 
 type job struct {
 	p      Process
+	files  []int // numbers in the process's table
+	cgroup int
 	result chan<- result
 }
 
@@ -110,48 +111,60 @@ type result struct {
 	err error
 }
 
-func (m *maker) run(p Process) (int, error) {
+func (m *maker) run(j job) (int, error) {
 	done := make(chan result, 1)
-	m.jobs <- job{p, done}
+	j.result = done
+	m.jobs <- j
 	r := <-done
-	runtime.KeepAlive(p)
 	return r.pid, r.err
 }
 
-// thread makes the maker; nil where the kernel cannot (before Linux 5.9, or under a seccomp
+// thread makes the maker; nil where the kernel cannot (before Linux 5.6, or under a seccomp
 // filter around podmon).
 var thread = sync.OnceValue(func() *maker {
 	r, w, err := os.Pipe() // so that Go's poller is there
 	if err != nil {
 		return nil
 	}
-	r.Close()
-	w.Close()
+	defer r.Close()
+	defer w.Close()
 	m := &maker{jobs: make(chan job)}
 	ready := make(chan error, 1)
-	go m.loop(ready)
+	go m.loop(int(r.Fd()), ready)
 	if <-ready != nil {
 		return nil
 	}
 	return m
 })
 
-func (m *maker) loop(ready chan<- error) {
+// loop never ends. The process has the descriptor, by which it sees that the thread has its
+// own table and can reach the process's.
+func (m *maker) loop(known int, ready chan<- error) {
 	runtime.LockOSThread() // for good
-	err := m.part()
+	if unix.Gettid() == os.Getpid() {
+		// The first thread's table is the one that a pidfd of the process shows. Another thread
+		// does it while this one is held.
+		inner := make(chan error, 1)
+		go m.loop(known, inner)
+		err := <-inner
+		runtime.UnlockOSThread()
+		ready <- err
+		return
+	}
+	err := m.part(known)
 	ready <- err
 	if err != nil {
 		return
 	}
 	for j := range m.jobs {
-		pid, err := j.p.fork(m.take)
+		pid, err := m.fork(j)
 		j.result <- result{pid, err}
 	}
 }
 
 // part gives the thread its own table, in which there is only what Go's runtime may look for
 // on any thread, its poller, by the same numbers.
-func (m *maker) part() error {
+func (m *maker) part(known int) error {
 	if err := unix.Unshare(unix.CLONE_FILES); err != nil {
 		return err
 	}
@@ -175,19 +188,42 @@ func (m *maker) part() error {
 		}
 		unix.Close(fd)
 	}
-	// It works at all: with a descriptor that all have.
-	fd, err := unix.PidfdGetfd(m.self, 2, 0)
+	fd, err := unix.PidfdGetfd(m.self, known, 0)
 	if err != nil {
 		return err
 	}
 	return unix.Close(fd)
 }
 
-// take makes a descriptor of the process one of the thread's as well.
-func (m *maker) take(f *os.File) (int, func(), error) {
-	fd, err := unix.PidfdGetfd(m.self, int(f.Fd()), 0)
-	if err != nil {
-		return 0, nil, os.NewSyscallError("pidfd_getfd", err)
+// fork makes descriptors of the process the thread's as well, and the process by these.
+func (m *maker) fork(j job) (int, error) {
+	var taken []int
+	defer func() {
+		for _, fd := range taken {
+			unix.Close(fd)
+		}
+	}()
+	take := func(fd int) (int, error) {
+		if fd == none {
+			return none, nil
+		}
+		own, err := unix.PidfdGetfd(m.self, fd, 0)
+		if err != nil {
+			return none, os.NewSyscallError("pidfd_getfd", err)
+		}
+		taken = append(taken, own)
+		return own, nil
 	}
-	return fd, func() { unix.Close(fd) }, nil
+	files := make([]int, len(j.files))
+	for i, fd := range j.files {
+		var err error
+		if files[i], err = take(fd); err != nil {
+			return none, err
+		}
+	}
+	cgroup, err := take(j.cgroup)
+	if err != nil {
+		return none, err
+	}
+	return j.p.fork(files, cgroup)
 }

@@ -1,6 +1,7 @@
 package spawn
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -112,7 +113,7 @@ func TestThreadUnderCollection(t *testing.T) {
 
 func TestStartFails(t *testing.T) {
 	for range 2 {
-		if _, err := (Process{Path: "/nonesuch", Args: []string{"x"}, Files: []*os.File{nil}}).Start(); !os.IsNotExist(err) {
+		if _, err := (Process{Path: "/nonesuch", Args: []string{"x"}, Files: []*os.File{nil}}).Start(); !errors.Is(err, os.ErrNotExist) {
 			t.Errorf("%v", err)
 		}
 		open(t, many)

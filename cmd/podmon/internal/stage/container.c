@@ -94,15 +94,7 @@ static void run(void)
 	char **readonly = vector(&text, p->readonly), **masked = vector(&text, p->masked);
 	struct order o = take();
 
-	char score[16];
-	snprintf(score, sizeof(score), "%d", o.r->oom_score);
-	if (put("/proc/self/oom_score_adj", score) < 0)
-		fail("set oom_score_adj to", score);
-	int proc = open("/proc", O_PATH | O_DIRECTORY | O_CLOEXEC);
-	if (proc < 0)
-		fail("open", "/proc");
-	label(proc, &o);
-	close(proc);
+	adjust(&o);
 	enter(net, CLONE_NEWNET);
 	enter(ipc, CLONE_NEWIPC);
 	enter(uts, CLONE_NEWUTS);

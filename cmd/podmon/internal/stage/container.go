@@ -122,17 +122,9 @@ func (c *Container) encodePlan() ([]byte, error) {
 	return join(&p, &p.Size, rest.Bytes())
 }
 
-// Start starts it. It waits for the order of cgroups, and then, all set up, for Proceed. With
-// a cgroup it is born there (CLONE_INTO_CGROUP).
+// Start starts it. It waits for Request and the order of cgroups, and then, all set up, for
+// Proceed. With a cgroup it is born there (CLONE_INTO_CGROUP).
 func (c *Container) Start(o *Order, cgroup *os.File) (*os.Process, error) {
-	plan, err := c.encodePlan()
-	if err != nil {
-		return nil, err
-	}
-	program, err := c.encode(0, c.OOMScoreAdj)
-	if err != nil {
-		return nil, err
-	}
 	empty, err := Empty()
 	if err != nil {
 		return nil, err
@@ -145,18 +137,29 @@ func (c *Container) Start(o *Order, cgroup *os.File) (*os.Process, error) {
 		return nil, err
 	}
 	o.theirs.Close() // so that its end is seen
-	for _, text := range [][]byte{plan, program} {
-		if err := o.sendRequest(text); err != nil && !ended(err) {
-			_ = process.Kill()
-			_, _ = process.Wait()
-			return nil, err
-		}
-	}
-	return process, nil // else it has ended, and Ready says why
+	return process, nil
 }
 
-// ended tells whether an error in telling a process something is its end.
-func ended(err error) bool { return errors.Is(err, unix.EPIPE) || errors.Is(err, unix.ECONNRESET) }
+// Request tells it what it is to be. Where it has ended, Ready says why.
+func (c *Container) Request(o *Order) error {
+	plan, err := c.encodePlan()
+	if err != nil {
+		return err
+	}
+	program, err := c.encode(0, c.OOMScoreAdj)
+	if err != nil {
+		return err
+	}
+	for _, text := range [][]byte{plan, program} {
+		if err := o.sendRequest(text); err != nil && !Ended(err) {
+			return err
+		}
+	}
+	return nil
+}
+
+// Ended tells whether an error in telling a process something is its end.
+func Ended(err error) bool { return errors.Is(err, unix.EPIPE) || errors.Is(err, unix.ECONNRESET) }
 
 // Ready returns when a container's process has set up everything, or with what kept it from
 // that; nothing is left of it then but its cgroups.
@@ -182,7 +185,7 @@ func (o *Order) Ready() error {
 
 // Proceed has it execute its program; Started tells of that.
 func (o *Order) Proceed() error {
-	if _, err := o.ours.Write([]byte{0}); err != nil && !ended(err) {
+	if _, err := o.ours.Write([]byte{0}); err != nil && !Ended(err) {
 		return fmt.Errorf("have the process proceed: %w", err)
 	}
 	return nil

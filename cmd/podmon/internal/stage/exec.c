@@ -8,7 +8,6 @@
 #include <fcntl.h>
 #include <linux/keyctl.h>
 #include <sched.h>
-#include <stdio.h>
 #include <string.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -42,17 +41,9 @@ static void exec(void)
 	if (syscall(SYS_close_range, INIT + 1, ~0U, 0) < 0)
 		fail("close", "what podmon was started with");
 	struct order o = take();
-	char score[16];
-	snprintf(score, sizeof(score), "%d", o.r->oom_score);
-	if (put("/proc/self/oom_score_adj", score) < 0)
-		fail("set oom_score_adj to", score);
-	int proc = open("/proc", O_PATH | O_DIRECTORY | O_CLOEXEC);
-	if (proc < 0)
-		fail("open", "/proc");
+	adjust(&o);
 	if (join_cgroups())
 		bear(); // not from inside of the cgroup namespace
-	label(proc, &o);
-	close(proc);
 	if (setns(INIT, o.r->namespaces) < 0)
 		fail("join", "the namespaces");
 	close(INIT);

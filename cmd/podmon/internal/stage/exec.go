@@ -40,7 +40,7 @@ func (e *Exec) Start(o *Order, cgroups map[string]string, instead string) (*os.P
 	if err == nil {
 		err = o.Send(cgroups, instead, true)
 	}
-	if err != nil && !ended(err) {
+	if err != nil && !Ended(err) {
 		_ = process.Kill()
 		_, _ = process.Wait()
 		return nil, err

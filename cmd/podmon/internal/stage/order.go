@@ -33,7 +33,8 @@ import (
 )
 
 // Order tells one process which cgroups to join, over a socket on which it waits for that
-// (SOCK_SEQPACKET, by which join.c knows it). The message to it is
+// (SOCK_SEQPACKET, by which join.c knows it); requests (program.go, container.go) come before
+// it, and Proceed after it. The message is
 //
 //	1 byte   'r': it may use all CPUs of its cpuset, whatever podmon may
 //	then     a letter and a path, each ended by a zero byte: 't' for the "tasks" file of a

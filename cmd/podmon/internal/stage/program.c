@@ -90,6 +90,19 @@ void label(int proc, const struct order *o)
 	}
 }
 
+void adjust(const struct order *o)
+{
+	char score[16];
+	snprintf(score, sizeof(score), "%d", o->r->oom_score);
+	if (put("/proc/self/oom_score_adj", score) < 0)
+		fail("set oom_score_adj to", score);
+	int proc = open("/proc", O_PATH | O_DIRECTORY | O_CLOEXEC);
+	if (proc < 0)
+		fail("open", "/proc");
+	label(proc, o);
+	close(proc);
+}
+
 // own_stdio gives the user what is not /dev/null of its standard input and output.
 static void own_stdio(uid_t uid)
 {

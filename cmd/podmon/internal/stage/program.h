@@ -6,7 +6,7 @@
 #include "stage.h"
 
 // What a request begins with. Rlimits, instructions, groups and strings follow, in this
-// order; see encode in exec.go.
+// order; see encode in program.go.
 struct request {
 	uint32_t size; // of all of it
 	uint32_t namespaces;
@@ -51,6 +51,9 @@ void hide(void);
 // label has the program run under the profile and the label: the kernel keeps them until
 // the execution, in a child too. proc is the host's, not one that the container has mounted.
 void label(int proc, const struct order *o);
+
+// adjust takes the OOM score and the labels, where the host's /proc is seen.
+void adjust(const struct order *o);
 
 // execute gives up what the program must not have, and executes it.
 void execute(const struct order *o) __attribute__((noreturn));
