@@ -67,7 +67,7 @@ func endFlood(t *testing.T, c *harness.Container) (lines int) {
 }
 
 func leave(c *harness.Container) *cri.ContainerStatus {
-	c.Output("touch", "/tmp/leave")
+	c.Touch("/tmp/leave")
 	return c.WaitExit()
 }
 

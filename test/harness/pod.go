@@ -288,6 +288,15 @@ func (c *Container) Output(command ...string) string {
 	return strings.TrimSpace(stdout)
 }
 
+// Touch makes a file that the container waits for. It may end at once, and the command that
+// makes the file with it.
+func (c *Container) Touch(path string) {
+	c.n.t.Helper()
+	if stdout, stderr, code := c.Exec("touch", path); code != 0 && code != 137 {
+		c.n.t.Fatalf("touch %s in %s: exit code %d\n%s%s", path, c.Config.Metadata.Name, code, stdout, stderr)
+	}
+}
+
 // ask repeats a question to the runtime until the answer is yes: CRI has no
 // call that waits, kubelet asks as well.
 func (n *Node) ask(question func() bool) bool {

@@ -87,7 +87,7 @@ func TestReopenLosesNothing(t *testing.T) {
 			t.Fatalf("no new log after the reopening: %v", err)
 		}
 	}
-	c.Output("touch", "/done")
+	c.Touch("/done")
 	c.WaitExit()
 	var all strings.Builder
 	for _, file := range append(old, c.LogPath()) {

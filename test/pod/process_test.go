@@ -218,7 +218,7 @@ func TestNothingOutlivesPID1(t *testing.T) {
 			}) {
 				t.Fatalf("want four sleepers in the container's cgroup, have %v", all)
 			}
-			c.Exec("touch", "/tmp/end") // may be killed with the container before it has ended
+			c.Touch("/tmp/end")
 			s := c.WaitExit()
 			if s.ExitCode != 3 {
 				t.Errorf("exit code %d, want 3", s.ExitCode)

@@ -233,7 +233,7 @@ func TestAttachNeverStalls(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer deaf.Close()
-	c.Output("touch", "/tmp/go")
+	c.Touch("/tmp/go")
 	c.WaitExit()
 	if got := strings.Count(c.LogText("stdout"), "\n"); got != 300001 {
 		t.Errorf("%d lines in the log, want 300001", got)
