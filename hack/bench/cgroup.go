@@ -7,16 +7,21 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/podshim/podshim/test/machine"
 )
 
+// hierarchies are the mount points of the cgroup hierarchies. They are looked up once: a
+// node with hundreds of pods has thousands of mounts, and the bench is not what is measured.
+var hierarchies = sync.OnceValues(machine.CgroupRoots)
+
 // enterCgroup moves this process into a child of the named cgroup, in every
 // hierarchy, until leave is called. What it starts meanwhile stays there, with all
 // that starts in turn: by that the CPU time of a runtime is counted.
 func enterCgroup(name string) (leave func() error, err error) {
-	roots, err := machine.CgroupRoots()
+	roots, err := hierarchies()
 	if err != nil {
 		return nil, err
 	}
@@ -48,7 +53,7 @@ func enterCgroup(name string) (leave func() error, err error) {
 
 // podCgroup makes a pod's cgroup, as kubelet does before it asks for the pod.
 func podCgroup(name string) error {
-	roots, err := machine.CgroupRoots()
+	roots, err := hierarchies()
 	if err != nil {
 		return err
 	}
@@ -99,7 +104,7 @@ func copyCpuset(root, dir string) error {
 // removeCgroup removes a pod's cgroup, once the pod is gone. What the runtime has
 // left in it goes with the run.
 func removeCgroup(name string) {
-	roots, _ := machine.CgroupRoots()
+	roots, _ := hierarchies()
 	for _, root := range roots {
 		_ = os.Remove(filepath.Join(root, name))
 	}
@@ -107,7 +112,7 @@ func removeCgroup(name string) {
 
 // cpu is the CPU time spent in the named cgroup and those below it so far.
 func cpu(name string) (time.Duration, error) {
-	roots, err := machine.CgroupRoots()
+	roots, err := hierarchies()
 	if err != nil {
 		return 0, err
 	}

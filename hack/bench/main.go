@@ -27,6 +27,7 @@ import (
 	"slices"
 	"strings"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -45,18 +46,19 @@ type options struct {
 
 // sizes say how much of each work there is.
 type sizes struct {
-	pods     int // of each runtime, one after the other
-	batches  int // of pods at a time
-	together int // pods at a time
-	standing int // pods that stay, while memory and lists are measured
-	polls    int // seconds of kubelet-like polling
-	calls    int // of each list and status
-	crowd    int // pods of podshim alone
-	pulls    int // of each image
+	pods     int           // of each runtime, one after the other
+	batches  int           // of pods at a time
+	together int           // pods at a time
+	standing int           // pods that stay, while memory and lists are measured
+	polls    int           // seconds of kubelet-like polling
+	calls    int           // of each list and status
+	crowd    int           // pods of podshim alone
+	rest     time.Duration // before them, see rest
+	pulls    int           // of each image
 }
 
 var (
-	fullSizes  = sizes{pods: 40, batches: 6, together: 6, standing: 100, polls: 20, calls: 40, crowd: 400, pulls: 3}
+	fullSizes  = sizes{pods: 40, batches: 6, together: 6, standing: 100, polls: 20, calls: 40, crowd: 400, rest: 75 * time.Second, pulls: 3}
 	shortSizes = sizes{pods: 5, batches: 1, together: 6, standing: 10, polls: 3, calls: 5, crowd: 20, pulls: 1}
 )
 
