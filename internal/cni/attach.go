@@ -65,6 +65,11 @@ func (n *Network) Add(ctx context.Context, pod Pod) (_ Result, err error) {
 		n.cfg.Log.WithField("sandbox", pod.ID).WithField("network", a.list.Name).Warn(
 			"no plugin of the network declares the capability portMappings: the pod's host ports are left to whoever else makes them")
 	}
+	if !n.cfg.IdleIPv6 && !pod.IPv6 && givesIPv4Only(a.list) {
+		if err := withoutIPv6(pod.Netns); err != nil {
+			n.cfg.Log.WithField("sandbox", pod.ID).WithError(err).Warn("the pod's interfaces have IPv6 link-local addresses")
+		}
+	}
 	raw, err := n.cni.AddNetworkList(ctx, a.list, a.runtimeConf())
 	if err != nil {
 		return Result{}, a.failure("attach", err)

@@ -70,6 +70,8 @@ type Config struct {
 	PluginTimeout time.Duration
 	// IdlePlugins has plugins started that have nothing to do for a pod (idle.go).
 	IdlePlugins bool
+	// IdleIPv6 leaves IPv6 on in pods that are given IPv4 addresses only (ipv6.go).
+	IdleIPv6 bool
 	// Network is the name of the pods' network; empty is the first file's.
 	Network string
 	Log     *logrus.Entry

@@ -24,6 +24,8 @@ type Pod struct {
 	IPs []string `json:"ips,omitempty"`
 	// MAC is a wished-for hardware address (capability mac).
 	MAC string `json:"mac,omitempty"`
+	// IPv6 is set for a pod that is to have the kernel's IPv6 whatever its network gives.
+	IPv6 bool `json:"ipv6,omitempty"`
 	// DNS is the pod's resolver configuration (capability dns).
 	DNS *DNS `json:"dns,omitempty"`
 }

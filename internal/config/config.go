@@ -90,6 +90,7 @@ type Network struct {
 	NetnsDir      string   `toml:"netns_dir"`
 	PluginTimeout Duration `toml:"plugin_timeout"`
 	IdlePlugins   bool     `toml:"idle_plugins"`
+	IdleIPv6      bool     `toml:"idle_ipv6"`
 }
 
 // Image is the table [image].

@@ -33,6 +33,7 @@ func ConfigOf(cfg *config.Config) Config {
 			CacheDir:      filepath.Join(cfg.Root, "cni"),
 			PluginTimeout: cfg.Network.PluginTimeout.Std(),
 			IdlePlugins:   cfg.Network.IdlePlugins,
+			IdleIPv6:      cfg.Network.IdleIPv6,
 		},
 	}
 }

@@ -245,6 +245,10 @@ func cniPod(r *Record) (cni.Pod, error) {
 		Netns:        r.Netns,
 		CgroupParent: r.CgroupParent,
 	}
+	for key := range r.Config.GetLinux().GetSysctls() {
+		// Whoever sets IPv6 up has it.
+		p.IPv6 = p.IPv6 || strings.HasPrefix(strings.ReplaceAll(key, "/", "."), "net.ipv6.")
+	}
 	for _, pm := range r.Config.GetPortMappings() {
 		if pm.GetHostPort() <= 0 {
 			continue // declared only, not published
