@@ -52,12 +52,12 @@ func givesIPv4Only(list *libcni.NetworkConfigList) bool {
 
 // withoutIPv6 has the interfaces that a network namespace is given from now on begin with
 // IPv6 off (disable_ipv6, Documentation/networking/ip-sysctl.rst); lo keeps its own. A plugin
-// that gives an IPv6 address sets IPv6 on, the reference plugins do: so Docker's pods have
-// begun for years.
+// that gives an IPv6 address sets IPv6 on, the reference plugins do: Docker's containers have
+// begun so for long, and that they once did not was CVE-2024-32473.
 //
-// A pod that has no IPv6 address gains nothing by a link-local one, and others pay for it: each
-// multicast report and router solicitation goes to all ports of the bridge, under the lock that
-// plugins wait for. Nor does it then believe a neighbour that plays IPv6 router (CVE-2020-10749).
+// On a network that gives no IPv6 address nobody guards IPv6: by link-local ones pods reach each
+// other past rules for IPv4, and believe a neighbour that plays router. And each multicast report
+// and router solicitation goes to all ports of the bridge, under the lock that plugins wait for.
 func withoutIPv6(netns string) error {
 	return Do(netns, func() error {
 		err := os.WriteFile("/proc/sys/net/ipv6/conf/default/disable_ipv6", []byte("1"), 0)

@@ -116,3 +116,30 @@ func addresses6(link string, want int) ([]netlink.Addr, error) {
 		}
 	}
 }
+
+// What attaching one more pod to a bridge takes, beside many. Each stays.
+func BenchmarkAddBeside(b *testing.B) {
+	conf := strings.NewReplacer(`,[{"subnet":"fd00:213:7::/64"}]`, "", `,{"dst":"::/0"}`, "", `10.213.7.0/24`, "10.213.0.0/16",
+		`"ipMasq":true,`, "").Replace(realConf)
+	for _, beside := range []int{10, 400} {
+		for name, idle := range map[string]bool{"without IPv6": false, "with IPv6": true} {
+			b.Run(fmt.Sprintf("%d, %s", beside, name), func(b *testing.B) {
+				n := newRealNode(b, conf, "bridge", "host-local", "portmap")
+				n.cfg.IdleIPv6 = idle
+				attach := func(i int) {
+					pod := n.pod(fmt.Sprint(i))
+					n.onHost(func() error {
+						_, err := n.Add(b.Context(), pod)
+						return err
+					})
+				}
+				for i := range beside {
+					attach(i)
+				}
+				for i := beside; b.Loop(); i++ {
+					attach(i)
+				}
+			})
+		}
+	}
+}

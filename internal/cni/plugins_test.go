@@ -20,7 +20,7 @@ import (
 // packet filter rules are nobody else's.
 type realNode struct {
 	*Network
-	t      *testing.T
+	t      testing.TB
 	host   string // the network namespace that plays the host
 	dir    string
 	leases string // host-local's records
@@ -47,7 +47,7 @@ func pluginDir(t testing.TB, plugins ...string) string {
 	return dir
 }
 
-func newRealNode(t *testing.T, conf string, plugins ...string) *realNode {
+func newRealNode(t testing.TB, conf string, plugins ...string) *realNode {
 	t.Helper()
 	needRoot(t)
 	bin := pluginDir(t, plugins...)
