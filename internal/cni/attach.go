@@ -66,8 +66,15 @@ func (n *Network) Add(ctx context.Context, pod Pod) (_ Result, err error) {
 			"no plugin of the network declares the capability portMappings: the pod's host ports are left to whoever else makes them")
 	}
 	if !n.cfg.IdleIPv6 && !pod.IPv6 && givesIPv4Only(a.list) {
-		if err := withoutIPv6(pod.Netns); err != nil {
-			n.cfg.Log.WithField("sandbox", pod.ID).WithError(err).Warn("the pod's interfaces have IPv6 link-local addresses")
+		log := n.cfg.Log.WithField("sandbox", pod.ID)
+		if back, err := withoutIPv6(pod.Netns); err != nil {
+			log.WithError(err).Warn("the pod's interfaces have IPv6 link-local addresses")
+		} else {
+			defer func() {
+				if err := back(); err != nil {
+					log.WithError(err).Warn("interfaces that the pod makes itself begin with IPv6 off")
+				}
+			}()
 		}
 	}
 	raw, err := n.cni.AddNetworkList(ctx, a.list, a.runtimeConf())

@@ -1,8 +1,10 @@
 package cni
 
 import (
+	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -29,6 +31,8 @@ func TestGivesIPv4Only(t *testing.T) {
 		"both families":       {plugin("bridge", "host-local", v6), false},
 		"IPv6, the old shape": {plugin("bridge", "host-local", `"subnet":"fd00:1::/64"`), false},
 		"IPv6 beside a range": {plugin("bridge", "host-local", `"subnet":"fd00:1::/64",`+v4), false},
+		"an IPv4 route":       {plugin("bridge", "host-local", v4+`,"routes":[{"dst":"0.0.0.0/0"}]`), true},
+		"an IPv6 route":       {plugin("bridge", "host-local", v4+`,"routes":[{"dst":"0.0.0.0/0"},{"dst":"::/0"}]`), false},
 		"no range":            {plugin("bridge", "host-local", `"ranges":[]`), false},
 		"no subnet":           {plugin("bridge", "host-local", `"ranges":[[{"subnet":"?"}]]`), false},
 		"another IPAM":        {plugin("bridge", "dhcp", v4), false},
@@ -64,6 +68,7 @@ func TestRealIPv6(t *testing.T) {
 		"IPv4 only":                {only4, false, false, 0},
 		"IPv4 only, the pod asks":  {only4, true, false, 1},
 		"IPv4 only, all pods have": {only4, false, true, 1},
+		"IPv4 and an IPv6 route":   {strings.Replace(realConf, `,[{"subnet":"fd00:213:7::/64"}]`, "", 1), false, false, 1},
 		"both families":            {realConf, false, false, 2},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -89,6 +94,14 @@ func TestRealIPv6(t *testing.T) {
 				if got := strings.TrimSpace(string(off)); err != nil || (got == "1") != (c.addresses == 0) {
 					t.Errorf("disable_ipv6 of eth0 is %q (%v)", got, err)
 				}
+				// What the pod makes itself is as ever.
+				if err := netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "later"}, PeerName: "peer"}); err != nil {
+					return err
+				}
+				off, err = os.ReadFile("/proc/sys/net/ipv6/conf/later/disable_ipv6")
+				if got := strings.TrimSpace(string(off)); err != nil || got != "0" {
+					t.Errorf("disable_ipv6 of a later interface is %q (%v)", got, err)
+				}
 				return nil
 			})
 			if err != nil {
@@ -102,16 +115,17 @@ func TestRealIPv6(t *testing.T) {
 	}
 }
 
-// addresses6 are those of a link, once they are as many as wanted: the kernel makes link-local
-// ones when it has seen that the link has a carrier.
+// addresses6 are those of a link that is up, once they are as many as wanted: the kernel makes
+// link-local ones when it has seen that the link has a carrier.
 func addresses6(link string, want int) ([]netlink.Addr, error) {
-	l, err := netlink.LinkByName(link)
-	if err != nil {
-		return nil, err
-	}
 	for end := time.Now().Add(5 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		l, err := netlink.LinkByName(link)
+		if err != nil {
+			return nil, err
+		}
 		addrs, err := netlink.AddrList(l, netlink.FAMILY_V6)
-		if err != nil || len(addrs) == want || time.Now().After(end) {
+		up := l.Attrs().OperState == netlink.OperUp || link == "lo"
+		if err != nil || up && len(addrs) == want || time.Now().After(end) {
 			return addrs, err
 		}
 	}
@@ -122,12 +136,15 @@ func BenchmarkAddBeside(b *testing.B) {
 	conf := strings.NewReplacer(`,[{"subnet":"fd00:213:7::/64"}]`, "", `,{"dst":"::/0"}`, "", `10.213.7.0/24`, "10.213.0.0/16",
 		`"ipMasq":true,`, "").Replace(realConf)
 	for _, beside := range []int{10, 400} {
-		for name, idle := range map[string]bool{"without IPv6": false, "with IPv6": true} {
-			b.Run(fmt.Sprintf("%d, %s", beside, name), func(b *testing.B) {
+		for _, idle := range []bool{false, true} {
+			b.Run(fmt.Sprintf("%d, link-local IPv6 %v", beside, idle), func(b *testing.B) {
 				n := newRealNode(b, conf, "bridge", "host-local", "portmap")
 				n.cfg.IdleIPv6 = idle
+				var pods []Pod
+				b.Cleanup(func() { n.leave(pods) })
 				attach := func(i int) {
 					pod := n.pod(fmt.Sprint(i))
+					pods = append(pods, pod)
 					n.onHost(func() error {
 						_, err := n.Add(b.Context(), pod)
 						return err
@@ -142,4 +159,25 @@ func BenchmarkAddBeside(b *testing.B) {
 			})
 		}
 	}
+}
+
+// leave has the kernel free the pods' namespaces before anybody else is measured.
+func (n *realNode) leave(pods []Pod) {
+	for _, p := range pods {
+		if err := Remove(p.Netns); err != nil {
+			n.t.Error(err)
+		}
+	}
+	n.onHost(func() error {
+		for end := time.Now().Add(time.Minute); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
+			links, err := netlink.LinkList()
+			if err != nil {
+				return err
+			}
+			if !slices.ContainsFunc(links, func(l netlink.Link) bool { return l.Type() == "veth" }) {
+				return nil
+			}
+		}
+		return errors.New("the pods' interfaces stay")
+	})
 }
