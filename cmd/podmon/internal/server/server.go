@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"os"
 	"path/filepath"
@@ -47,7 +48,8 @@ func New(config container.Config) (*Server, error) {
 	return s, err
 }
 
-// Listen says in dir who this podmon is, and makes the socket dir/sock.
+// Listen says in dir who this podmon is, and makes the socket dir/sock. It has that name once
+// it takes connections: a daemon that is refused takes podmon for gone.
 func (s *Server) Listen(dir string) (*net.UnixListener, error) {
 	if err := s.sign(dir); err != nil {
 		return nil, fmt.Errorf("listen: %w", err)
@@ -57,12 +59,20 @@ func (s *Server) Listen(dir string) (*net.UnixListener, error) {
 		return nil, fmt.Errorf("listen: %w", err)
 	}
 	defer d.Close()
+	path := filepath.Join(dir, "sock")
+	if err := os.Remove(path + ".new"); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("listen: %w", err)
+	}
+	addr.Name += ".new"
 	l, err := net.ListenUnix("unix", addr)
 	if err != nil {
 		return nil, fmt.Errorf("listen: %w", err)
 	}
 	l.SetUnlinkOnClose(false) // the daemon removes the directory
-	return l, os.Chmod(filepath.Join(dir, "sock"), 0o600)
+	if err := errors.Join(os.Chmod(path+".new", 0o600), os.Rename(path+".new", path)); err != nil {
+		return nil, errors.Join(fmt.Errorf("listen: %w", err), l.Close())
+	}
+	return l, nil
 }
 
 // sign writes dir/process.json, whole or not at all.
