@@ -80,9 +80,6 @@ func (s *Server) restore(dir string) (*net.UnixListener, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, err
 	}
-	if err := os.Remove(filepath.Join(dir, "sock")); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return nil, err
-	}
 	s.keepFiles() // before a daemon can ask
 	return s.Listen(dir)
 }
