@@ -6,12 +6,12 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
-	"syscall"
+	"sync"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -19,6 +19,8 @@ import (
 	"github.com/containernetworking/cni/pkg/types"
 	"github.com/containernetworking/cni/pkg/version"
 	"golang.org/x/sys/unix"
+
+	"github.com/podshim/podshim/internal/spawn"
 )
 
 const (
@@ -137,31 +139,84 @@ func run(ctx context.Context, path string, stdin []byte, environ []string, stdou
 	}
 }
 
+// runOnce starts the plugin and waits for its end and its output's. Where ctx ends
+// before, the plugin's group is killed, since what hangs is as a rule a child:
+// iptables, an IPAM plugin, a shell script's sleep.
 func runOnce(ctx context.Context, path string, stdin []byte, environ []string, stdout, stderr *bounded) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	stdout.full = cancel // a plugin that floods stdout is killed
-	cmd := exec.CommandContext(ctx, path)
-	cmd.Env = pluginEnv(environ)
-	cmd.Dir = "/"
-	cmd.Stdin = bytes.NewReader(stdin)
-	cmd.Stdout, cmd.Stderr = stdout, stderr
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	cmd.WaitDelay = pipeGrace
-	// The group, since what hangs is as a rule a child: iptables, an IPAM
-	// plugin, a shell script's sleep.
-	cmd.Cancel = func() error {
-		err := unix.Kill(-cmd.Process.Pid, unix.SIGKILL)
-		if errors.Is(err, unix.ESRCH) {
-			return os.ErrProcessDone
-		}
+	if err := ctx.Err(); err != nil {
 		return err
 	}
-	err := cmd.Run()
-	if errors.Is(err, exec.ErrWaitDelay) && cmd.ProcessState.Success() && ctx.Err() == nil {
-		return nil // it had said all it had to say
+	var ours, its [3]*os.File // the ends of its stdin, stdout and stderr
+	shut := func(files [3]*os.File) {
+		for _, f := range files {
+			f.Close()
+		}
 	}
-	return err
+	defer func() { shut(ours); shut(its) }()
+	for i := range its {
+		r, w, err := os.Pipe()
+		if err != nil {
+			return err
+		}
+		ours[i], its[i] = r, w
+	}
+	ours[0], its[0] = its[0], ours[0]
+	process, err := spawn.Process{Path: path, Args: []string{path}, Env: pluginEnv(environ), Dir: "/", Files: its[:], Setpgid: true}.Start()
+	if err != nil {
+		return err
+	}
+	shut(its)
+
+	var talk sync.WaitGroup
+	talk.Go(func() {
+		ours[0].Write(stdin) // a plugin need not read all of it
+		ours[0].Close()
+	})
+	talk.Go(func() { io.Copy(stdout, ours[1]) })
+	talk.Go(func() { io.Copy(stderr, ours[2]) })
+	said := closedAfter(talk.Wait)
+	// Its PID and its group stay its own until it is reaped.
+	dead := closedAfter(func() {
+		for unix.Waitid(unix.P_PID, process.Pid, nil, unix.WEXITED|unix.WNOWAIT, nil) == unix.EINTR {
+		}
+	})
+	var cut error // why it could not do or say all it had to
+	select {
+	case <-dead:
+	case <-ctx.Done():
+		cut = ctx.Err()
+		unix.Kill(-process.Pid, unix.SIGKILL)
+		process.Kill() // it may have left its group
+		<-dead
+	}
+	state, err := process.Wait()
+	select {
+	case <-said:
+	case <-time.After(pipeGrace):
+		cut = ctx.Err()
+		shut(ours)
+		<-said
+	}
+	switch {
+	case err != nil:
+		return fmt.Errorf("wait for process %d: %w", process.Pid, err)
+	case !state.Success():
+		return errors.New(state.String())
+	}
+	return cut
+}
+
+// closedAfter gives a channel that is closed when f has returned.
+func closedAfter(f func()) <-chan struct{} {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		f()
+	}()
+	return done
 }
 
 // pluginEnv is the daemon's environment, as the CNI spec has it, without what
@@ -169,10 +224,10 @@ func runOnce(ctx context.Context, path string, stdin []byte, environ []string, s
 // and each other.
 func pluginEnv(environ []string) []string {
 	env := slices.DeleteFunc(slices.Clone(environ), func(kv string) bool {
-		key, _, _ := strings.Cut(kv, "=")
-		return slices.Contains([]string{"NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "WATCHDOG_PID", "WATCHDOG_USEC"}, key)
+		key, value, _ := strings.Cut(kv, "=")
+		return key == "PATH" && value == "" || slices.Contains([]string{"NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "WATCHDOG_PID", "WATCHDOG_USEC"}, key)
 	})
-	if !slices.ContainsFunc(env, func(kv string) bool { return strings.HasPrefix(kv, "PATH=") && len(kv) > len("PATH=") }) {
+	if !slices.ContainsFunc(env, func(kv string) bool { return strings.HasPrefix(kv, "PATH=") }) {
 		env = append(env, "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
 	}
 	return env
@@ -197,8 +252,7 @@ func (e *PluginError) explain(err error, stdout []byte) {
 	if len(bytes.TrimSpace(stdout)) > 0 {
 		e.Why += ": " + quote(stdout)
 	}
-	var start *exec.Error
-	if errors.As(err, &start) || errors.Is(err, unix.EACCES) || errors.Is(err, unix.ENOEXEC) || errors.Is(err, unix.ENOENT) {
+	if errors.Is(err, unix.EACCES) || errors.Is(err, unix.ENOEXEC) || errors.Is(err, unix.ENOENT) {
 		e.Hint = "the file cannot be executed on this machine: install it again"
 		e.class = errdefs.ErrUnavailable
 	}

@@ -9,7 +9,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/podshim/podshim/cmd/podmon/internal/spawn"
+	"github.com/podshim/podshim/internal/spawn"
 )
 
 // Container describes PID 1 of a container: in a PID and a mount namespace of its own and in a

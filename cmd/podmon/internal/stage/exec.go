@@ -3,7 +3,7 @@ package stage
 import (
 	"os"
 
-	"github.com/podshim/podshim/cmd/podmon/internal/spawn"
+	"github.com/podshim/podshim/internal/spawn"
 )
 
 // self is this program.

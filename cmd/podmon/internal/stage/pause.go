@@ -7,7 +7,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/podshim/podshim/cmd/podmon/internal/spawn"
+	"github.com/podshim/podshim/internal/spawn"
 )
 
 // Pause describes an infra container that runs the embedded pause program: without

@@ -10,6 +10,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // open opens a file so often that the next number is at least n.
@@ -27,15 +29,16 @@ func open(t testing.TB, n int) {
 	}
 }
 
-// output runs a shell script and returns what it says.
-func output(t testing.TB, script string) string {
+// output runs a shell script as p and returns what it says and its PID.
+func output(t testing.TB, script string, p Process) (string, int) {
 	t.Helper()
 	r, w, err := os.Pipe()
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer r.Close()
-	p, err := Process{Path: "/bin/sh", Args: []string{"sh", "-c", script}, Files: []*os.File{nil, w, w}, Setsid: true}.Start()
+	p.Path, p.Args, p.Files = "/bin/sh", []string{"sh", "-c", script}, []*os.File{nil, w, w}
+	started, err := p.Start()
 	w.Close() // also the thread's, or there is no end
 	if err != nil {
 		t.Fatal(err)
@@ -44,10 +47,10 @@ func output(t testing.TB, script string) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if state, err := p.Wait(); err != nil || !state.Success() {
+	if state, err := started.Wait(); err != nil || !state.Success() {
 		t.Errorf("%v, %v: %s", state, err, said)
 	}
-	return string(said)
+	return string(said), started.Pid
 }
 
 // A process is the same with few descriptors and with many, and made by the thread with many.
@@ -58,7 +61,8 @@ func TestStart(t *testing.T) {
 		if crowded {
 			open(t, many)
 		}
-		lines := strings.SplitN(output(t, script), "\n", 2)
+		all, _ := output(t, script, Process{Setsid: true})
+		lines := strings.SplitN(all, "\n", 2)
 		var pid, parent, session int
 		if _, err := fmt.Sscan(lines[0], &pid, &parent, &session); err != nil || parent != os.Getpid() || session != pid {
 			t.Errorf("%q: not our child, or not in a session of its own: %v", lines[0], err)
@@ -100,13 +104,35 @@ func TestThreadUnderCollection(t *testing.T) {
 		}
 	}()
 	for n := 0; ; n++ {
-		if got := output(t, "echo yes"); got != "yes\n" {
+		if got, _ := output(t, "echo yes", Process{}); got != "yes\n" {
 			t.Fatalf("process %d says %q", n, got)
 		}
 		select {
 		case <-done:
 			return
 		default:
+		}
+	}
+}
+
+// A process has the environment, directory and group it is given, whoever makes it.
+func TestStartWhere(t *testing.T) {
+	dir, err := filepath.EvalSymlinks(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, crowded := range []bool{false, true} {
+		if crowded {
+			open(t, many)
+		}
+		said, pid := output(t, `tr '\0' ' ' </proc/$$/environ; pwd; cut -d' ' -f5,6 /proc/$$/stat`,
+			Process{Env: []string{"A=b", "PATH=" + os.Getenv("PATH")}, Dir: dir, Setpgid: true})
+		session, err := unix.Getsid(0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if want := fmt.Sprintf("A=b PATH=%s %s\n%d %d\n", os.Getenv("PATH"), dir, pid, session); said != want {
+			t.Errorf("many descriptors: %v: %q, not %q", crowded, said, want)
 		}
 	}
 }

@@ -1,13 +1,14 @@
 // Package spawn starts processes. A new process begins with a copy of its maker's descriptor
 // table, and closes all of it when it executes its program: with some descriptors for each
-// container of a node podmon has thousands, and closing them takes a millisecond of every start
-// and exec. So where there are many it is a thread that makes the process which has a table of
-// its own with next to nothing in it.
+// container of a node podmon and the daemon have thousands, and closing them takes a millisecond
+// of every start, exec and CNI plugin. So where there are many it is a thread that makes the
+// process which has a table of its own with next to nothing in it.
 package spawn
 
 import (
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -18,16 +19,19 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Process describes a process. Its environment is empty.
+// Process describes a process.
 type Process struct {
 	Path string
 	Args []string
+	Env  []string // "key=value"; nil is an empty environment
+	Dir  string   // where it begins, "" is its maker's
 	// Files become its descriptors from 0 on; nil is /dev/null.
 	Files []*os.File
 	// Cgroup is the directory of the v2 cgroup it is born in, nil its maker's.
 	Cgroup     *os.File
 	Cloneflags uintptr // CLONE_NEW*
 	Setsid     bool
+	Setpgid    bool // it leads a process group of its own
 }
 
 // many is from how many descriptors on the thread is worth the way to it.
@@ -71,7 +75,13 @@ const none = -1
 var errStart = errors.New("the process cannot be made")
 
 func (p Process) fork(files []int, cgroup int) (int, error) {
-	attr := &syscall.ProcAttr{Env: []string{}, Sys: &syscall.SysProcAttr{Cloneflags: p.Cloneflags, Setsid: p.Setsid}}
+	attr := &syscall.ProcAttr{
+		Dir: p.Dir, Env: p.Env,
+		Sys: &syscall.SysProcAttr{Cloneflags: p.Cloneflags, Setsid: p.Setsid, Setpgid: p.Setpgid},
+	}
+	if attr.Env == nil {
+		attr.Env = []string{} // nil would be this process's
+	}
 	for i, fd := range files {
 		if fd == none {
 			null, err := unix.Open(os.DevNull, map[bool]int{true: unix.O_RDONLY, false: unix.O_WRONLY}[i == 0]|unix.O_CLOEXEC, 0)
@@ -111,16 +121,22 @@ type result struct {
 	err error
 }
 
+// run fails at once while the thread makes another process: a program on a filesystem that
+// does not answer holds up its own start only.
 func (m *maker) run(j job) (int, error) {
 	done := make(chan result, 1)
 	j.result = done
-	m.jobs <- j
+	select {
+	case m.jobs <- j:
+	default:
+		return none, errors.New("the thread is busy")
+	}
 	r := <-done
 	return r.pid, r.err
 }
 
 // thread makes the maker; nil where the kernel cannot (before Linux 5.6, or under a seccomp
-// filter around podmon).
+// filter around this process).
 var thread = sync.OnceValue(func() *maker {
 	r, w, err := os.Pipe() // so that Go's poller is there
 	if err != nil {
@@ -165,15 +181,45 @@ func (m *maker) loop(known int, ready chan<- error) {
 // part gives the thread its own table, in which there is only what Go's runtime may look for
 // on any thread, its poller, by the same numbers.
 func (m *maker) part(known int) error {
-	if err := unix.Unshare(unix.CLONE_FILES); err != nil {
+	const table = "/proc/thread-self/fd"
+	kept, last := map[int]bool{}, 0
+	if err := each(table, func(fd int, to string) {
+		if fd <= 2 || to == "anon_inode:[eventpoll]" || to == "anon_inode:[eventfd]" {
+			kept[fd], last = true, max(last, fd)
+		}
+	}); err != nil {
 		return err
+	}
+	// A copy would keep open for a moment what the process closes; what is above the last that
+	// is kept is not copied (Linux 5.9).
+	if unix.CloseRange(uint(last)+1, math.MaxUint32, unix.CLOSE_RANGE_UNSHARE) != nil {
+		if err := unix.Unshare(unix.CLONE_FILES); err != nil {
+			return err
+		}
+	}
+	var rest []int
+	if err := each(table, func(fd int, _ string) { rest = append(rest, fd) }); err != nil {
+		return err
+	}
+	for _, fd := range rest {
+		if !kept[fd] {
+			unix.Close(fd)
+		}
 	}
 	var err error
 	if m.self, err = unix.PidfdOpen(os.Getpid(), 0); err != nil {
 		return err
 	}
-	const table = "/proc/thread-self/fd"
-	names, err := os.ReadDir(table)
+	fd, err := unix.PidfdGetfd(m.self, known, 0)
+	if err != nil {
+		return err
+	}
+	return unix.Close(fd)
+}
+
+// each calls f for each descriptor of a directory of /proc, with what it is of.
+func each(dir string, f func(fd int, to string)) error {
+	names, err := os.ReadDir(dir)
 	if err != nil {
 		return err
 	}
@@ -182,17 +228,11 @@ func (m *maker) part(known int) error {
 		if err != nil {
 			return err
 		}
-		to, err := os.Readlink(filepath.Join(table, name.Name()))
-		if err != nil || fd <= 2 || fd == m.self || to == "anon_inode:[eventpoll]" || to == "anon_inode:[eventfd]" {
-			continue
-		}
-		unix.Close(fd)
+		// One that has been closed in the meantime, the directory's own too, is of nothing.
+		to, _ := os.Readlink(filepath.Join(dir, name.Name()))
+		f(fd, to)
 	}
-	fd, err := unix.PidfdGetfd(m.self, known, 0)
-	if err != nil {
-		return err
-	}
-	return unix.Close(fd)
+	return nil
 }
 
 // fork makes descriptors of the process the thread's as well, and the process by these.
