@@ -11,6 +11,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mount.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -22,7 +23,7 @@
 // The descriptor that is given: the empty mount namespace (empty.go).
 #define EMPTY 4
 
-// What the container's request begins with. Steps and strings follow; see encode in
+// What the container's request begins with. Steps and strings follow; see encodePlan in
 // container.go.
 struct plan {
 	uint32_t size; // of all of it
@@ -120,7 +121,7 @@ static void run(void)
 		int top = open("/", O_PATH | O_DIRECTORY | O_CLOEXEC);
 		if (top < 0)
 			fail("open", "/");
-		change(top, 0, (struct attributes){.set = 1}, 0, "/");
+		change(top, 0, (struct attributes){.set = MOUNT_ATTR_RDONLY}, 0, "/");
 		close(top);
 	}
 	protect(readonly);

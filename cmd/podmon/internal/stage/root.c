@@ -36,9 +36,6 @@
 #define FSOPEN_CLOEXEC 1
 #define FSMOUNT_CLOEXEC 1
 #endif
-#ifndef MOUNT_ATTR_RDONLY
-#define MOUNT_ATTR_RDONLY 1
-#endif
 #ifndef AT_RECURSIVE
 #define AT_RECURSIVE 0x8000
 #endif

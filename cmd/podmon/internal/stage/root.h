@@ -19,7 +19,10 @@ void show_root(void);
 // What is made in a container's root, in the order of the steps.
 enum { MOUNT, BIND, NODE, LINK };
 
-// Attributes of a mount: MOUNT_ATTR_*.
+// Attributes of a mount: MOUNT_ATTR_*, of which older headers have none.
+#ifndef MOUNT_ATTR_RDONLY
+#define MOUNT_ATTR_RDONLY 1
+#endif
 struct attributes {
 	uint64_t set, clear;
 };
