@@ -187,10 +187,14 @@ func runOnce(ctx context.Context, path string, stdin []byte, environ []string, s
 	select {
 	case <-dead:
 	case <-ctx.Done():
-		cut = ctx.Err()
-		unix.Kill(-process.Pid, unix.SIGKILL)
-		process.Kill() // it may have left its group
-		<-dead
+		select {
+		case <-dead: // as well
+		default:
+			cut = ctx.Err()
+			unix.Kill(-process.Pid, unix.SIGKILL)
+			process.Kill() // it may have left its group
+			<-dead
+		}
 	}
 	state, err := process.Wait()
 	select {

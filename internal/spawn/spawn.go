@@ -103,6 +103,9 @@ func (p Process) fork(files []int, cgroup int) (int, error) {
 	return pid, nil
 }
 
+// errBusy is the thread's while it makes another process.
+var errBusy = errors.New("the thread is busy")
+
 // maker is the thread.
 type maker struct {
 	jobs chan job
@@ -129,7 +132,7 @@ func (m *maker) run(j job) (int, error) {
 	select {
 	case m.jobs <- j:
 	default:
-		return none, errors.New("the thread is busy")
+		return none, errBusy
 	}
 	r := <-done
 	return r.pid, r.err
@@ -182,29 +185,34 @@ func (m *maker) loop(known int, ready chan<- error) {
 // on any thread, its poller, by the same numbers.
 func (m *maker) part(known int) error {
 	const table = "/proc/thread-self/fd"
-	kept, last := map[int]bool{}, 0
+	kept := func(fd int, to string) bool {
+		return fd <= 2 || to == "anon_inode:[eventpoll]" || to == "anon_inode:[eventfd]"
+	}
+	last := 0
 	if err := each(table, func(fd int, to string) {
-		if fd <= 2 || to == "anon_inode:[eventpoll]" || to == "anon_inode:[eventfd]" {
-			kept[fd], last = true, max(last, fd)
+		if kept(fd, to) {
+			last = max(last, fd)
 		}
 	}); err != nil {
 		return err
 	}
-	// A copy would keep open for a moment what the process closes; what is above the last that
-	// is kept is not copied (Linux 5.9).
-	if unix.CloseRange(uint(last)+1, math.MaxUint32, unix.CLOSE_RANGE_UNSHARE) != nil {
-		if err := unix.Unshare(unix.CLONE_FILES); err != nil {
-			return err
-		}
+	if err := unix.Unshare(unix.CLONE_FILES); err != nil {
+		return err
 	}
+	// At once, where there is the call (Linux 5.9): what the process closes meanwhile is open
+	// here. CLOSE_RANGE_UNSHARE would not even copy it, but leave a broken table that the
+	// processes inherit (CVE-2024-45025, mended in Linux 6.11).
+	unix.CloseRange(uint(last)+1, math.MaxUint32, 0)
 	var rest []int
-	if err := each(table, func(fd int, _ string) { rest = append(rest, fd) }); err != nil {
+	if err := each(table, func(fd int, to string) {
+		if !kept(fd, to) {
+			rest = append(rest, fd)
+		}
+	}); err != nil {
 		return err
 	}
 	for _, fd := range rest {
-		if !kept[fd] {
-			unix.Close(fd)
-		}
+		unix.Close(fd)
 	}
 	var err error
 	if m.self, err = unix.PidfdOpen(os.Getpid(), 0); err != nil {

@@ -137,6 +137,56 @@ func TestStartWhere(t *testing.T) {
 	}
 }
 
+// tableSize is how many descriptors a process's table has room for.
+const tableSize = `sed -n 's/FDSize:.//p' /proc/$$/status`
+
+// The thread makes processes by its own small table, and nobody waits for it while it makes one.
+func TestThread(t *testing.T) {
+	open(t, many)
+	m := thread()
+	if m == nil {
+		t.Skip("the kernel has no such thread")
+	}
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	files := []int{none, int(w.Fd()), none}
+	p := Process{Path: "/bin/sh", Args: []string{"sh", "-c", tableSize}, Files: make([]*os.File, 3)}
+	pid, err := m.run(job{p: p, files: files, cgroup: none})
+	for errors.Is(err, errBusy) { // it has not come to its loop yet
+		runtime.Gosched()
+		pid, err = m.run(job{p: p, files: files, cgroup: none})
+	}
+	w.Close()
+	if err != nil {
+		t.Fatal(err)
+	}
+	said, err := io.ReadAll(r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if process, err := os.FindProcess(pid); err != nil {
+		t.Error(err)
+	} else if _, err := process.Wait(); err != nil {
+		t.Error(err)
+	}
+	var size int
+	if _, err := fmt.Sscan(string(said), &size); err != nil || size > 256 {
+		t.Errorf("its table is for %q", said)
+	}
+
+	held := make(chan result) // that the thread cannot give
+	p.Path = "/nonesuch"
+	m.jobs <- job{p: p, files: []int{none}, cgroup: none, result: held}
+	defer func() { <-held }()
+	all, _ := output(t, tableSize, Process{})
+	if _, err := fmt.Sscan(all, &size); err != nil || size < many {
+		t.Errorf("while the thread is held a process's table is for %q", all)
+	}
+}
+
 func TestStartFails(t *testing.T) {
 	for range 2 {
 		if _, err := (Process{Path: "/nonesuch", Args: []string{"x"}, Files: []*os.File{nil}}).Start(); !errors.Is(err, os.ErrNotExist) {
