@@ -178,6 +178,7 @@ func TestV1MetricsAgreeWithTheKernel(t *testing.T) {
 	c := &Collector{hierarchy: h}
 	path, p := newCgroup(t, h.cpu, h.cpuacct, h.memory, h.pids, h.blkio)
 	p.do("alloc")
+	counted(t, filepath.Join(h.memory, path))
 	for range 5 {
 		p.do("burn")
 	}

@@ -177,6 +177,19 @@ func rawStat(t testing.TB, file, key string) uint64 {
 	return 0
 }
 
+// counted waits until memory.stat of v1 has what "alloc" took. The kernel adds up what each CPU
+// has counted when somebody reads it, but not while another reader, of any cgroup above, has
+// it half done (mm/memcontrol.c, mem_cgroup_css_rstat_flush: the count of what is due is zero
+// from the first CPU on); that one's every two seconds at the latest.
+func counted(t testing.TB, dir string) {
+	t.Helper()
+	for end := time.Now().Add(10 * time.Second); rawStat(t, filepath.Join(dir, "memory.stat"), "total_rss") < 60<<20; time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("memory.stat does not count what a process has used for ten seconds")
+		}
+	}
+}
+
 // between checks a number against the same number of the kernel's, read before
 // and after.
 func between(t *testing.T, what string, before uint64, got *runtime.UInt64Value, after uint64) {
@@ -199,6 +212,7 @@ func TestV1AgreesWithTheKernel(t *testing.T) {
 		t.Fatal(err)
 	}
 	p.do("alloc")
+	counted(t, mem)
 	type numbers struct{ cpu, used, rss, inactive, faults, major uint64 }
 	look := func() numbers {
 		stat := filepath.Join(mem, "memory.stat")
@@ -288,6 +302,7 @@ func TestV1CountsChildren(t *testing.T) {
 		}
 	}
 	p.do("alloc")
+	counted(t, filepath.Join(h.memory, path))
 	p.do("burn")
 	pod, err := c.Pod(t.Context(), PodInput{ID: "pod", CgroupPath: path})
 	if err != nil {
