@@ -297,58 +297,74 @@ func (s *subject) poll(ctx context.Context, tenth bool) error {
 	return err
 }
 
-// crowd runs as many pods of the first runtime as a large node has, of two
-// containers each.
+// crowd runs as many pods of the first runtime as a large node has, of two containers each, and
+// brings up pods beside a few of them and beside all: the same ones in the same way.
 func (b *bench) crowd(ctx context.Context) error {
 	if err := b.rest(ctx); err != nil {
 		return err
 	}
 	s := b.subjects[0]
 	section := fmt.Sprintf("%s alone, %d pods of two containers, bridge network", s.name, b.sizes.crowd)
-	// A shared machine may be slower for a second; ten pods are up in half of one.
-	few, last := max(b.sizes.crowd/40, 1), max(b.sizes.crowd/10, 1)
-	which := map[bool]string{true: fmt.Sprintf("the first %d", few), false: fmt.Sprintf("the last %d", last)}
+	few := max(b.sizes.crowd/40, 1)
 	var pods []*pod
-	up := func(host bool, t timer) error {
+	up := func(host bool, t timer) (*pod, error) {
 		p, err := s.newPod(host)
 		if err != nil {
-			return err
+			return nil, err
 		}
-		pods = append(pods, p)
 		if err := p.up(ctx, t, 2); err != nil {
-			return fmt.Errorf("pod %d: %w", len(pods), err)
+			return nil, fmt.Errorf("beside %d pods: %w", len(pods), err)
+		}
+		return p, nil
+	}
+	upTo := func(n int) error {
+		for len(pods) < n {
+			p, err := up(false, nil)
+			if err != nil {
+				return err
+			}
+			pods = append(pods, p)
 		}
 		return nil
 	}
-	// What a pod costs without network plugins.
-	onHost := func(when string) error {
-		for range few {
-			if err := up(true, b.report.timer(section, s).of("host network, "+when).only("pod up")); err != nil {
-				return err
+	// More pods are up and gone again, a few at a time: what a namespace's end still has the
+	// kernel do is then beside the first of them only.
+	beside := func() error {
+		when := fmt.Sprintf("beside %d", len(pods))
+		for range 4 {
+			for _, host := range []bool{false, true} {
+				t := b.report.timer(section, s).of(when)
+				if host { // what a pod costs without network plugins
+					t = b.report.timer(section, s).of("host network, " + when).only("pod up")
+				}
+				var more []*pod
+				for range few {
+					p, err := up(host, t)
+					if err != nil {
+						return err
+					}
+					more = append(more, p)
+					b.report.add(section, "the machine's own speed "+when, "ms", s, ms(yardstick()))
+				}
+				for _, p := range more {
+					if err := p.down(ctx, nil); err != nil {
+						return err
+					}
+				}
 			}
 		}
 		return nil
 	}
-	if err := up(true, nil); err != nil { // what the runtime does once
+	if err := upTo(few); err != nil {
 		return err
 	}
-	if err := onHost("before them"); err != nil {
+	if err := beside(); err != nil {
 		return err
 	}
-	first := len(pods)
-	for i := range b.sizes.crowd {
-		if i >= few && i < b.sizes.crowd-last {
-			if err := up(false, nil); err != nil {
-				return err
-			}
-			continue
-		}
-		if err := up(false, b.report.timer(section, s).of(which[i < few])); err != nil {
-			return err
-		}
-		b.report.add(section, "the machine's own speed beside "+which[i < few], "ms", s, ms(yardstick()))
+	if err := upTo(b.sizes.crowd); err != nil {
+		return err
 	}
-	if err := b.lists(ctx, section, b.subjects[:1], map[*subject][]*pod{s: pods[first:]}); err != nil {
+	if err := b.lists(ctx, section, b.subjects[:1], map[*subject][]*pod{s: pods}); err != nil {
 		return err
 	}
 	bytes, err := s.pss()
@@ -356,7 +372,7 @@ func (b *bench) crowd(ctx context.Context) error {
 		return err
 	}
 	b.report.add(section, "memory of daemon and podmon", "MB", s, float64(bytes)/1e6)
-	if err := onHost("after them"); err != nil {
+	if err := beside(); err != nil {
 		return err
 	}
 	for _, p := range pods {
@@ -367,8 +383,8 @@ func (b *bench) crowd(ctx context.Context) error {
 	return nil
 }
 
-// yardstick takes the time of a piece of work that is always the same: what it says beside the
-// first pods and beside the last tells whether the machine was. Its data is small, so that the
+// yardstick takes the time of a piece of work that is always the same: what it says beside a
+// few pods and beside many tells whether the machine was. Its data is small, so that the
 // next pod finds the caches as the last one left them.
 func yardstick() time.Duration {
 	start := time.Now()
