@@ -168,6 +168,10 @@ func (d *parts) makeDirs(context.Context) error {
 			return err
 		}
 	}
+	for _, dir := range []string{"sandboxes", "containers"} {
+		host.Spread(d.root(dir))
+		host.Spread(d.run(dir))
+	}
 	return nil
 }
 

@@ -82,6 +82,7 @@ import (
 
 	"github.com/podshim/podshim/internal/boot"
 	"github.com/podshim/podshim/internal/flight"
+	"github.com/podshim/podshim/internal/host"
 )
 
 // Store holds images and snapshots. It is safe for concurrent use.
@@ -214,6 +215,7 @@ func (s *Store) openSnapshots() (err error) {
 	if err != nil {
 		return errors.Join(fmt.Errorf("open overlay snapshots: %w", err), s.meta.Close())
 	}
+	host.Spread(filepath.Join(s.cfg.Root, "snapshots"))
 	if err := s.initSnapshots(s.quiet(context.Background())); err != nil {
 		return errors.Join(fmt.Errorf("prepare snapshot records: %w", err), s.sn.Close())
 	}
