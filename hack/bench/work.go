@@ -300,9 +300,6 @@ func (s *subject) poll(ctx context.Context, tenth bool) error {
 // crowd runs as many pods of the first runtime as a large node has, of two containers each, and
 // brings up pods beside a few of them and beside all: the same ones in the same way.
 func (b *bench) crowd(ctx context.Context) error {
-	if err := b.rest(ctx); err != nil {
-		return err
-	}
 	s := b.subjects[0]
 	section := fmt.Sprintf("%s alone, %d pods of two containers, bridge network", s.name, b.sizes.crowd)
 	few := max(b.sizes.crowd/40, 1)
@@ -327,9 +324,11 @@ func (b *bench) crowd(ctx context.Context) error {
 		}
 		return nil
 	}
-	// More pods are up and gone again, a few at a time: what a namespace's end still has the
-	// kernel do is then beside the first of them only.
+	// More pods are up and gone again, a few at a time: beside 10 means beside 10 to 19.
 	beside := func() error {
+		if err := b.rest(ctx); err != nil {
+			return err
+		}
 		when := fmt.Sprintf("beside %d", len(pods))
 		for range 4 {
 			for _, host := range []bool{false, true} {
@@ -351,9 +350,19 @@ func (b *bench) crowd(ctx context.Context) error {
 						return err
 					}
 				}
+				if err := sleep(ctx, time.Second); err != nil { // namespaces end in the background
+					return err
+				}
 			}
 		}
 		return nil
+	}
+	once, err := up(true, nil) // what the runtime does once
+	if err != nil {
+		return err
+	}
+	if err := once.down(ctx, nil); err != nil {
+		return err
 	}
 	if err := upTo(few); err != nil {
 		return err
@@ -383,9 +392,9 @@ func (b *bench) crowd(ctx context.Context) error {
 	return nil
 }
 
-// yardstick takes the time of a piece of work that is always the same: what it says beside a
-// few pods and beside many tells whether the machine was. Its data is small, so that the
-// next pod finds the caches as the last one left them.
+// yardstick takes the time of a piece of work that is always the same: what it says beside a few
+// pods and beside many tells whether the processor was. Its data is small, so that the next pod
+// finds the caches as the last one left them.
 func yardstick() time.Duration {
 	start := time.Now()
 	for range 256 {

@@ -5,7 +5,6 @@ import (
 	"os"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
-	"golang.org/x/sys/unix"
 )
 
 // PrivateDir makes a directory that nobody but root gets through: what lies below
@@ -28,31 +27,4 @@ func PrivateDir(path string, gids []specs.LinuxIDMapping) error {
 		}
 	}
 	return nil
-}
-
-// topDir is FS_TOPDIR_FL (include/uapi/linux/fs.h, chattr +T).
-const topDir = 0x00020000
-
-// Spread tells the file system that what is made in dir has nothing to do with each other: one
-// container's files are near their own and far from the others'. ext4 takes the hint (the Orlov
-// allocator, fs/ext4/ialloc.c); others need none, so there is no error.
-//
-// Without it all containers of a node are made in the same few block groups. A new file then has
-// to be found a place among those that another container has just left, and ext4 without a journal
-// takes none of these for a minute or more (recently_deleted): milliseconds for a container.
-func Spread(dir string) {
-	f, err := os.Open(dir)
-	if err != nil {
-		return
-	}
-	defer f.Close()
-	var fs unix.Statfs_t
-	if err := unix.Fstatfs(int(f.Fd()), &fs); err != nil || fs.Type != unix.EXT4_SUPER_MAGIC {
-		return
-	}
-	flags, err := unix.IoctlGetInt(int(f.Fd()), unix.FS_IOC_GETFLAGS)
-	if err != nil || flags&topDir != 0 {
-		return
-	}
-	_ = unix.IoctlSetPointerInt(int(f.Fd()), unix.FS_IOC_SETFLAGS, flags|topDir)
 }

@@ -317,36 +317,3 @@ func TestParserThatHangs(t *testing.T) {
 		t.Errorf("left: %q, %v", left, err)
 	}
 }
-
-// A directory on ext4 has the flag afterwards, and what it had before; any other is left alone.
-func TestSpread(t *testing.T) {
-	dir := t.TempDir()
-	var fs unix.Statfs_t
-	if err := unix.Statfs(dir, &fs); err != nil {
-		t.Fatal(err)
-	}
-	flags := func() int {
-		f, err := os.Open(dir)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer f.Close()
-		n, err := unix.IoctlGetInt(int(f.Fd()), unix.FS_IOC_GETFLAGS)
-		if err != nil {
-			t.Skipf("this file system has no flags: %v", err)
-		}
-		return n
-	}
-	before := flags()
-	want := before
-	if fs.Type == unix.EXT4_SUPER_MAGIC {
-		want |= topDir
-	}
-	for range 2 {
-		Spread(dir)
-		if got := flags(); got != want {
-			t.Errorf("flags %#x, want %#x (before: %#x)", got, want, before)
-		}
-	}
-	Spread(filepath.Join(dir, "missing"))
-}

@@ -192,9 +192,7 @@ func prepareRoot(root string) error {
 	if err := os.Mkdir(filepath.Join(root, stagingDir), 0o700); err != nil {
 		return fmt.Errorf("make staging area: %w", err)
 	}
-	if err := spread(filepath.Join(root, stagingDir)); err != nil {
-		return fmt.Errorf("mark staging area: %w", err)
-	}
+	host.Spread(filepath.Join(root, stagingDir))
 	// The library mounts id-mapped layers there for a moment; a crash may have
 	// left one mounted.
 	if err := mount.SetTempMountLocation(filepath.Join(root, "tmp")); err != nil {

@@ -1,0 +1,80 @@
+package host
+
+import (
+	"os"
+	"os/exec"
+	"path/filepath"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+// Only ext4 without a journal is given the flag, beside those that the directory has.
+func TestSpread(t *testing.T) {
+	needRoot(t)
+	for features, want := range map[string]uint32{"has_journal": 0, "^has_journal": topDir} {
+		t.Run(features, func(t *testing.T) {
+			dir := ext4(t, features)
+			const nodump = 0x40
+			f, err := os.Open(dir)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer f.Close()
+			flags := func() uint32 {
+				n, err := unix.IoctlGetUint32(int(f.Fd()), unix.FS_IOC_GETFLAGS)
+				if err != nil {
+					t.Fatal(err)
+				}
+				return n
+			}
+			if err := unix.IoctlSetPointerInt(int(f.Fd()), unix.FS_IOC_SETFLAGS, int(flags()|nodump)); err != nil {
+				t.Fatal(err)
+			}
+			want |= flags()
+			for range 2 {
+				Spread(dir)
+				if got := flags(); got != want || got&nodump == 0 {
+					t.Errorf("flags %#x, want %#x", got, want)
+				}
+			}
+		})
+	}
+	none := t.TempDir()
+	if err := unix.Mount("tmpfs", none, "tmpfs", 0, "size=1m"); err != nil {
+		t.Skipf("no mounts: %v", err)
+	}
+	t.Cleanup(func() { unix.Unmount(none, unix.MNT_DETACH) })
+	Spread(none)
+	Spread(filepath.Join(none, "missing"))
+}
+
+// ext4 gives an empty directory of a new file system, unmounted after the test.
+func ext4(t *testing.T, features string) string {
+	t.Helper()
+	root := t.TempDir()
+	image, dir := filepath.Join(root, "image"), filepath.Join(root, "fs")
+	if err := os.WriteFile(image, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Truncate(image, 64<<20); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for _, argv := range [][]string{
+		{"mkfs.ext4", "-q", "-O", features, image},
+		{"mount", "-o", "loop", image, dir},
+	} {
+		if out, err := exec.Command(argv[0], argv[1:]...).CombinedOutput(); err != nil {
+			t.Skipf("%v: %v: %s", argv, err, out)
+		}
+	}
+	t.Cleanup(func() {
+		if out, err := exec.Command("umount", dir).CombinedOutput(); err != nil {
+			t.Errorf("unmount: %v: %s", err, out)
+		}
+	})
+	return dir
+}
