@@ -111,9 +111,10 @@ type daemon struct {
 
 	opts Options
 	// podmon is the monitor's program, once it is not the usual one.
-	podmon string
-	conn   *grpc.ClientConn
-	logs   *os.File
+	podmon  string
+	conn    *grpc.ClientConn
+	sockets sockets
+	logs    *os.File
 	// logStart is how long the log was when the daemon was last started.
 	logStart int
 
@@ -471,6 +472,7 @@ func (d *daemon) dial() error {
 		grpc.WithConnectParams(grpc.ConnectParams{Backoff: backoff.Config{
 			BaseDelay: 5 * time.Millisecond, Multiplier: 1.5, MaxDelay: 50 * time.Millisecond}}),
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(16<<20)),
+		grpc.WithContextDialer(d.sockets.dial),
 		grpc.WithUnaryInterceptor(d.noteIDs))
 	if err != nil {
 		return err
@@ -527,17 +529,73 @@ func (d *daemon) signal(sig syscall.Signal) error {
 }
 
 // AwaitDisconnect returns when the client has noticed the daemon's end: until then it
-// puts calls on a connection to nobody. A child that the daemon has just forked has the
-// connection too, until it is another program.
+// puts calls on a connection to nobody. A connection that was being made when the daemon
+// ended may still become ready, and is waited for too. A child that the daemon has just
+// forked has them as well, until it is another program.
 func (n *Node) AwaitDisconnect() {
 	n.t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), Limit)
 	defer cancel()
-	for n.conn.GetState() == connectivity.Ready {
-		if !n.conn.WaitForStateChange(ctx, connectivity.Ready) {
-			n.t.Fatalf("the client has not noticed podshim's end %v after it", Limit)
+	gone := n.sockets.await(ctx)
+	for gone && n.conn.GetState() == connectivity.Ready {
+		gone = n.conn.WaitForStateChange(ctx, connectivity.Ready)
+	}
+	if !gone {
+		n.t.Fatalf("the client has not noticed podshim's end %v after it", Limit)
+	}
+}
+
+// sockets are a client's connections that it has not closed.
+type sockets struct {
+	mu   sync.Mutex
+	open []chan struct{} // closed with the connection
+}
+
+// socket is one of them.
+type socket struct {
+	net.Conn
+	gone func()
+}
+
+func (s socket) Close() error {
+	defer s.gone()
+	return s.Conn.Close()
+}
+
+func (s *sockets) dial(ctx context.Context, path string) (net.Conn, error) {
+	closed := make(chan struct{})
+	s.mu.Lock()
+	s.open = append(slices.DeleteFunc(s.open, func(c chan struct{}) bool {
+		select {
+		case <-c:
+			return true
+		default:
+			return false
+		}
+	}), closed)
+	s.mu.Unlock()
+	gone := sync.OnceFunc(func() { close(closed) })
+	conn, err := (&net.Dialer{}).DialContext(ctx, "unix", strings.TrimPrefix(path, "unix://"))
+	if err != nil {
+		gone()
+		return nil, err
+	}
+	return socket{conn, gone}, nil
+}
+
+// await waits until those that are open now are closed; false when ctx ends before.
+func (s *sockets) await(ctx context.Context) bool {
+	s.mu.Lock()
+	open := slices.Clone(s.open)
+	s.mu.Unlock()
+	for _, closed := range open {
+		select {
+		case <-closed:
+		case <-ctx.Done():
+			return false
 		}
 	}
+	return true
 }
 
 // Stop ends the daemon as an operator does; containers run on.
