@@ -29,7 +29,7 @@ NEED_IMAGES := gcc=gcc /usr/include/stdlib.h=libc6-dev debootstrap=debootstrap \
                /usr/share/keyrings/debian-archive-keyring.gpg=debian-archive-keyring
 NEED_VM     := qemu-system-x86_64=qemu-system-x86 debootstrap=debootstrap mkfs.ext4=e2fsprogs \
                /usr/share/keyrings/debian-archive-keyring.gpg=debian-archive-keyring
-NEED_TEST   := iptables=iptables nft=nftables ip=iproute2 busybox=busybox
+NEED_TEST   := mkfs.ext4=e2fsprogs iptables=iptables nft=nftables ip=iproute2 busybox=busybox
 
 ##@ Build
 
@@ -133,7 +133,7 @@ VM_APPEND='$(if $(LSM),security=$(LSM) selinux=1 enforcing=0)' test/vm/run.sh $(
 endef
 
 .PHONY: bench
-bench: build tools peers crio images ## podshim beside containerd and CRI-O: times, memory, CPU (eleven minutes)
+bench: build tools peers crio images ## podshim beside containerd and CRI-O: times, memory, CPU (twelve minutes)
 	@$(need) $(NEED_TEST) igzip=isal
 	@go build -o $(BIN)/bench ./hack/bench && $(BIN)/bench $(ARGS)
 
