@@ -53,13 +53,14 @@ type sizes struct {
 	polls    int           // seconds of kubelet-like polling
 	calls    int           // of each list and status
 	crowd    int           // pods of podshim alone
-	rest     time.Duration // before them, see rest
+	turns    int           // of few of them and all
+	rest     time.Duration // before each, see rest
 	pulls    int           // of each image
 }
 
 var (
-	fullSizes  = sizes{pods: 40, batches: 6, together: 6, standing: 100, polls: 20, calls: 60, crowd: 400, rest: 75 * time.Second, pulls: 3}
-	shortSizes = sizes{pods: 5, batches: 1, together: 6, standing: 10, polls: 3, calls: 5, crowd: 20, pulls: 1}
+	fullSizes  = sizes{pods: 40, batches: 6, together: 6, standing: 100, polls: 20, calls: 60, crowd: 400, turns: 3, rest: 75 * time.Second, pulls: 3}
+	shortSizes = sizes{pods: 5, batches: 1, together: 6, standing: 10, polls: 3, calls: 5, crowd: 20, turns: 1, pulls: 1}
 )
 
 // parts of the work, in their order.

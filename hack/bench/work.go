@@ -301,8 +301,8 @@ func (s *subject) poll(ctx context.Context, tenth bool) error {
 }
 
 // crowd runs as many pods of the first runtime as a large node has, of two containers each, and
-// brings up pods beside a few of them, beside all, and beside a few again: the same ones in the
-// same way. A shared machine is faster or slower for minutes.
+// brings up pods beside a few of them and beside all: the same ones in the same way, in turns, as
+// a shared machine is faster or slower for minutes. So the many come and go several at a time.
 func (b *bench) crowd(ctx context.Context) error {
 	s := b.subjects[0]
 	section := fmt.Sprintf("%s alone, %d pods of two containers, bridge network", s.name, b.sizes.crowd)
@@ -318,23 +318,34 @@ func (b *bench) crowd(ctx context.Context) error {
 		}
 		return p, nil
 	}
+	together := func(pods []*pod, do func(context.Context, *pod) error) error {
+		g, ctx := errgroup.WithContext(ctx)
+		g.SetLimit(b.sizes.together)
+		for _, p := range pods {
+			g.Go(func() error { return do(ctx, p) })
+		}
+		return g.Wait()
+	}
 	upTo := func(n int) error {
+		had := len(pods)
 		for len(pods) < n {
-			p, err := up(false, nil)
+			p, err := s.newPod(false)
 			if err != nil {
 				return err
 			}
 			pods = append(pods, p)
 		}
-		return nil
+		return together(pods[had:], func(ctx context.Context, p *pod) error { return p.up(ctx, nil, 2) })
+	}
+	downTo := func(n int) error {
+		err := together(pods[n:], func(ctx context.Context, p *pod) error { return p.down(ctx, nil) })
+		pods = pods[:n]
+		return err
 	}
 	// More pods are up and gone again, a few at a time: beside 10 means beside 10 to 19.
 	beside := func() error {
-		if err := b.rest(ctx); err != nil {
-			return err
-		}
 		when := fmt.Sprintf("beside %d", len(pods))
-		for range 4 {
+		for range 2 {
 			for _, host := range []bool{false, true} {
 				t := b.report.timer(section, s).of(when)
 				if host { // what a pod costs without network plugins
@@ -355,7 +366,7 @@ func (b *bench) crowd(ctx context.Context) error {
 					b.report.add(section, "the machine's own start of a process "+when, "ms", s, ms(start))
 				}
 				for _, p := range more {
-					if err := p.down(ctx, nil); err != nil {
+					if err := p.down(ctx, t.only("pod down")); err != nil {
 						return err
 					}
 				}
@@ -373,39 +384,38 @@ func (b *bench) crowd(ctx context.Context) error {
 	if err := once.down(ctx, nil); err != nil {
 		return err
 	}
-	if err := upTo(few); err != nil {
-		return err
-	}
-	if err := beside(); err != nil {
-		return err
-	}
-	if err := upTo(b.sizes.crowd); err != nil {
-		return err
-	}
-	if err := b.lists(ctx, section, b.subjects[:1], map[*subject][]*pod{s: pods}); err != nil {
-		return err
-	}
-	bytes, err := s.pss()
-	if err != nil {
-		return err
-	}
-	b.report.add(section, "memory of daemon and podmon", "MB", s, float64(bytes)/1e6)
-	if err := beside(); err != nil {
-		return err
-	}
-	downTo := func(n int) error {
-		for ; len(pods) > n; pods = pods[:len(pods)-1] {
-			if err := pods[len(pods)-1].down(ctx, b.report.timer(section, s).only("pod down")); err != nil {
+	for turn := range b.sizes.turns {
+		if err := upTo(few); err != nil {
+			return err
+		}
+		if err := b.rest(ctx); err != nil {
+			return err
+		}
+		if err := beside(); err != nil {
+			return err
+		}
+		if err := upTo(b.sizes.crowd); err != nil {
+			return err
+		}
+		if err := sleep(ctx, time.Second); err != nil {
+			return err
+		}
+		if err := beside(); err != nil {
+			return err
+		}
+		if turn == 0 {
+			if err := b.lists(ctx, section, b.subjects[:1], map[*subject][]*pod{s: pods}); err != nil {
 				return err
 			}
+			bytes, err := s.pss()
+			if err != nil {
+				return err
+			}
+			b.report.add(section, "memory of daemon and podmon", "MB", s, float64(bytes)/1e6)
 		}
-		return nil
-	}
-	if err := downTo(few); err != nil {
-		return err
-	}
-	if err := beside(); err != nil {
-		return err
+		if err := downTo(few); err != nil {
+			return err
+		}
 	}
 	return downTo(0)
 }
