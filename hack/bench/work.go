@@ -397,7 +397,7 @@ func (b *bench) crowd(ctx context.Context) error {
 		if err := upTo(b.sizes.crowd); err != nil {
 			return err
 		}
-		if err := sleep(ctx, time.Second); err != nil {
+		if err := sleep(ctx, b.sizes.settle); err != nil {
 			return err
 		}
 		if err := beside(); err != nil {
