@@ -54,13 +54,12 @@ type sizes struct {
 	calls    int           // of each list and status
 	crowd    int           // pods of podshim alone
 	turns    int           // of few of them and all
-	rest     time.Duration // before few, see rest
-	settle   time.Duration // before all: addresses' probes, collectors of garbage, namespaces' ends
+	rest     time.Duration // before each, see rest
 	pulls    int           // of each image
 }
 
 var (
-	fullSizes  = sizes{pods: 40, batches: 6, together: 6, standing: 100, polls: 20, calls: 60, crowd: 400, turns: 3, rest: 75 * time.Second, settle: 20 * time.Second, pulls: 3}
+	fullSizes  = sizes{pods: 40, batches: 6, together: 6, standing: 100, polls: 20, calls: 60, crowd: 400, turns: 2, rest: 75 * time.Second, pulls: 3}
 	shortSizes = sizes{pods: 5, batches: 1, together: 6, standing: 10, polls: 3, calls: 5, crowd: 20, turns: 1, pulls: 1}
 )
 
