@@ -120,13 +120,7 @@ func (b *bench) parallel(ctx context.Context) error {
 				{"up", func(ctx context.Context, p *pod) error { return p.up(ctx, t.only("pod up"), 1) }},
 				{"down", func(ctx context.Context, p *pod) error { return p.down(ctx, t.only("pod down")) }},
 			} {
-				err := t.time("all pods "+phase.name, func() error {
-					g, ctx := errgroup.WithContext(ctx)
-					for _, p := range pods {
-						g.Go(func() error { return phase.do(ctx, p) })
-					}
-					return g.Wait()
-				})
+				err := t.time("all pods "+phase.name, func() error { return b.together(ctx, pods, phase.do) })
 				if err != nil {
 					return err
 				}
@@ -138,6 +132,16 @@ func (b *bench) parallel(ctx context.Context) error {
 		}
 	}
 	return nil
+}
+
+// together does something with each of the pods, several at a time.
+func (b *bench) together(ctx context.Context, pods []*pod, do func(context.Context, *pod) error) error {
+	g, ctx := errgroup.WithContext(ctx)
+	g.SetLimit(b.sizes.together)
+	for _, p := range pods {
+		g.Go(func() error { return do(ctx, p) })
+	}
+	return g.Wait()
 }
 
 // standing runs many pods of each runtime and looks at what they cost while they
@@ -318,14 +322,6 @@ func (b *bench) crowd(ctx context.Context) error {
 		}
 		return p, nil
 	}
-	together := func(pods []*pod, do func(context.Context, *pod) error) error {
-		g, ctx := errgroup.WithContext(ctx)
-		g.SetLimit(b.sizes.together)
-		for _, p := range pods {
-			g.Go(func() error { return do(ctx, p) })
-		}
-		return g.Wait()
-	}
 	upTo := func(n int) error {
 		had := len(pods)
 		for len(pods) < n {
@@ -335,10 +331,10 @@ func (b *bench) crowd(ctx context.Context) error {
 			}
 			pods = append(pods, p)
 		}
-		return together(pods[had:], func(ctx context.Context, p *pod) error { return p.up(ctx, nil, 2) })
+		return b.together(ctx, pods[had:], func(ctx context.Context, p *pod) error { return p.up(ctx, nil, 2) })
 	}
 	downTo := func(n int) error {
-		err := together(pods[n:], func(ctx context.Context, p *pod) error { return p.down(ctx, nil) })
+		err := b.together(ctx, pods[n:], func(ctx context.Context, p *pod) error { return p.down(ctx, nil) })
 		pods = pods[:n]
 		return err
 	}
@@ -433,15 +429,16 @@ func yardstick() time.Duration {
 
 var measured = make([]byte, 16<<10)
 
-// startOfProcess takes the time that a plugin needs to start and say its version. Where the
-// hypervisor keeps page tables of its own, as on the test machine, a start is mostly that.
+// startOfProcess takes the time that a plugin needs to start and say its version: fork, exec,
+// page faults and exit, which is what most of a pod's time goes to.
 func (b *bench) startOfProcess(ctx context.Context) (time.Duration, error) {
 	plugin := exec.CommandContext(ctx, filepath.Join(b.tools, "host-local"))
 	plugin.Env = []string{"CNI_COMMAND=VERSION"}
-	plugin.Stdin = strings.NewReader(`{"cniVersion":"1.0.0"}`)
 	start := time.Now()
-	err := plugin.Run()
-	return time.Since(start), err
+	if err := plugin.Run(); err != nil {
+		return 0, fmt.Errorf("ask host-local for its version: %w", err)
+	}
+	return time.Since(start), nil
 }
 
 // rest waits until nothing is left of the work before. ext4 without a journal, which
