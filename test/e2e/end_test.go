@@ -119,6 +119,7 @@ func testHooks(t *testing.T, k *Kubelet) {
 	p := k.Run("hooks")
 	p.WaitReady()
 	p.WaitLog("hooked", "postStart hook\n")
+	p.WaitLog("apache", "resuming normal operations") // before, nothing takes SIGWINCH
 	hooked, apache := p.logFile("hooked"), p.logFile("apache")
 	p.Remove()
 	log := k.lastLog(hooked)

@@ -19,7 +19,7 @@ import (
 
 var (
 	manyPods  = flag.Int("e2e.pods", 100, "pods that TestMany starts at once; 30 with -short")
-	probeTime = flag.Duration("e2e.probes", time.Minute, "for how long TestExecProbes lets 50 exec probes a second go on; 15s with -short")
+	probeTime = flag.Duration("e2e.probes", time.Minute, "TestExecProbes lets kubelet make as many exec probes as 50 a second are in this time; 15s with -short")
 )
 
 // TestMany drops many manifests at once, and takes them away at once.
@@ -161,8 +161,10 @@ func pss(p harness.Process, field string) int {
 	return 0
 }
 
-// TestExecProbes has kubelet make 50 exec probes a second. They leave nothing behind:
-// no descriptor, no goroutine, no memory that grows with their number.
+// TestExecProbes has kubelet make exec probes, one a second in each of 65 containers,
+// until it has made as many as 50 a second are. They leave nothing behind: no
+// descriptor, no goroutine, no memory that grows with their number. How many a second
+// a machine with other tests on it makes is logged, and nothing is asked of it.
 //
 // podshim is measured at rest, before and after: kubelet is stopped then, so that no
 // probe is under way, and a few descriptors more would show.
@@ -173,7 +175,7 @@ func TestExecProbes(t *testing.T) {
 		last = min(last, 15*time.Second)
 	}
 	k := Start(t, Options{})
-	const pods, containers = 13, 5 // a busy machine does not make one of each a second
+	const pods, containers = 13, 5
 	var all []*Pod
 	for n := range pods {
 		manifest := fmt.Sprintf("apiVersion: v1\nkind: Pod\nmetadata:\n  name: probed-%d\nspec:\n  terminationGracePeriodSeconds: 0\n  containers:\n", n)
@@ -201,7 +203,7 @@ func TestExecProbes(t *testing.T) {
 	// Each container's probes begin anew within a second.
 	k.waitProbes(t, pods*containers)
 	begin, since := k.probes(), time.Now()
-	time.Sleep(last) // this is the load; nothing is waited for
+	k.waitProbes(t, begin+50*int(last.Seconds()))
 	count, took := k.probes()-begin, time.Since(since)
 	k.Stop()
 	var after use
@@ -209,10 +211,6 @@ func TestExecProbes(t *testing.T) {
 	t.Logf("%d exec probes in %.0f s (%.1f a second)\nbefore:     %v\nafterwards: %v", count, took.Seconds(), float64(count)/took.Seconds(), before, after)
 	if !back {
 		t.Errorf("podshim does not come back to what it took: %s", after.grownFrom(before, count))
-	}
-	// Fewer would not be the load that the test is about.
-	if count < 30*int(took.Seconds()) {
-		t.Errorf("kubelet has made %d probes only", count)
 	}
 	k.Launch()
 	for _, p := range all {
@@ -279,9 +277,13 @@ func (k *Kubelet) probes() int {
 	return total
 }
 
+// waitProbes waits until kubelet has made so many probes, and as long as it makes any.
 func (k *Kubelet) waitProbes(t *testing.T, count int) {
 	t.Helper()
-	if !k.ask(func() bool { return k.probes() >= count }) {
-		t.Fatalf("kubelet has made %d probes after %v, want %d", k.probes(), Limit, count)
+	for made := k.probes(); made < count; {
+		before := made
+		if !k.ask(func() bool { made = k.probes(); return made > before }) {
+			t.Fatalf("kubelet has made %d probes, want %d, and none in the last %v", made, count, Limit)
+		}
 	}
 }
