@@ -341,7 +341,7 @@ func (b *bench) crowd(ctx context.Context) error {
 	// More pods are up and gone again, a few at a time: beside 10 means beside 10 to 19.
 	beside := func() error {
 		when := fmt.Sprintf("beside %d", len(pods))
-		for range 2 {
+		for range 3 {
 			for _, host := range []bool{false, true} {
 				t := b.report.timer(section, s).of(when)
 				if host { // what a pod costs without network plugins
