@@ -59,7 +59,7 @@ type sizes struct {
 }
 
 var (
-	fullSizes  = sizes{pods: 40, batches: 6, together: 6, standing: 100, polls: 20, calls: 100, crowd: 400, turns: 2, rest: 65 * time.Second, pulls: 3}
+	fullSizes  = sizes{pods: 40, batches: 6, together: 6, standing: 100, polls: 20, calls: 100, crowd: 400, turns: 6, rest: 10 * time.Second, pulls: 3}
 	shortSizes = sizes{pods: 5, batches: 1, together: 6, standing: 10, polls: 3, calls: 5, crowd: 20, turns: 1, pulls: 1}
 )
 

@@ -446,16 +446,16 @@ func (b *bench) startOfProcess(ctx context.Context) (time.Duration, error) {
 	return time.Since(start), nil
 }
 
-// rest waits until nothing is left of the work before. ext4 without a journal, which
-// virtual machines are given, takes no inode that was deleted within the last minute
-// (fs/ext4/ialloc.c, recently_deleted): each new file first passes those by, thousands of
-// them after a few hundred pods. And a shared machine that has been idle may be faster for
-// a while: what is compared begins alike.
+// rest waits until what the work before has left to the background is done: namespaces and cgroups
+// that end, files that are written. A shared machine that has been idle may be faster for a while:
+// what is compared begins alike. (ext4 without a journal, which virtual machines are given, passes
+// by all inodes that were deleted within the last minute, fs/ext4/ialloc.c; it is for the runtime to
+// cope with that.)
 func (b *bench) rest(ctx context.Context) error {
 	if b.sizes.rest == 0 {
 		return nil
 	}
-	unix.Sync() // else it is six minutes
+	unix.Sync()
 	fmt.Fprintf(os.Stderr, "bench: rest %s\n", b.sizes.rest)
 	return sleep(ctx, b.sizes.rest)
 }

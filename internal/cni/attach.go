@@ -17,13 +17,8 @@ import (
 	types100 "github.com/containernetworking/cni/pkg/types/100"
 	"github.com/containernetworking/cni/pkg/utils"
 
-	"github.com/podshim/podshim/internal/host"
 	"github.com/podshim/podshim/internal/rollback"
 )
-
-// forgetEvery so many pods the node forgets what it has cached of their /proc/sys, beginning with a
-// daemon's first: this many are too few to be felt, and it is not noticed once in so many.
-const forgetEvery = 16
 
 // Add attaches a pod to the network and gives its addresses.
 //
@@ -82,11 +77,7 @@ func (n *Network) Add(ctx context.Context, pod Pod) (_ Result, err error) {
 			}()
 		}
 	}
-	if n.added.Add(1)%forgetEvery == 1 { // beside the plugins, which it does not hold up
-		forgotten := make(chan struct{})
-		go func() { host.ForgetProc(); close(forgotten) }()
-		defer func() { <-forgotten }()
-	}
+	n.forgetProc()
 	raw, err := n.cni.AddNetworkList(ctx, a.list, a.runtimeConf())
 	if err != nil {
 		return Result{}, a.failure("attach", err)

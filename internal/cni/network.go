@@ -111,7 +111,9 @@ type Network struct {
 	current atomic.Pointer[loaded] // never nil
 	health  atomic.Pointer[health] // nil before the plugins' first answer
 	asked   atomic.Bool            // Status was called since STATUS last ran
-	added   atomic.Uint64          // pods that plugins were asked to attach
+
+	added      atomic.Uint64 // pods that plugins were asked to attach
+	forgetting atomic.Bool   // see forgetProc
 
 	gate gate
 	pods podLocks

@@ -162,40 +162,6 @@ func TestAddGivesTheAddressesOfEth0(t *testing.T) {
 	}
 }
 
-// What is cached of a network namespace's /proc/sys goes with every sixteenth pod.
-func TestManyPodsAreForgotten(t *testing.T) {
-	needRoot(t)
-	s := newScripted(t, time.Minute, map[string]string{"first": giveIP}, oneConf)
-	netns := filepath.Join(netnsDir(t), "nobody's")
-	if err := NewNetns(netns); err != nil {
-		t.Fatal(err)
-	}
-	look := func() (inode uint64) {
-		t.Helper()
-		err := Do(netns, func() error {
-			var st unix.Stat_t
-			err := unix.Stat("/proc/sys/net/ipv4", &st)
-			inode = st.Ino // of what is cached
-			return err
-		})
-		if err != nil {
-			t.Fatal(err)
-		}
-		return inode
-	}
-	for _, pods := range []int{1, forgetEvery} { // a daemon's first, and then
-		before := look()
-		for i := range pods {
-			if _, err := s.Add(t.Context(), testPod(fmt.Sprintf("p%d-%d", pods, i))); err != nil {
-				t.Fatal(err)
-			}
-		}
-		if look() == before {
-			t.Errorf("after %d pods more, /proc/sys/net/ipv4 is still inode %d", pods, before)
-		}
-	}
-}
-
 func TestArgumentsAndCapabilities(t *testing.T) {
 	s := newScripted(t, time.Minute, map[string]string{
 		"first": `cat >$DIR/$CNI_COMMAND.stdin; echo "$CNI_ARGS $CNI_IFNAME" >$DIR/$CNI_COMMAND.args; ` + giveIP,

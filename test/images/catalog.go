@@ -272,7 +272,7 @@ func page(title string) string {
 // log spec looks for the word httpd there.
 func httpdTree(d *debian, base tree) (tree, error) {
 	modules := []string{"mpm_event", "authz_core", "dir", "mime"}
-	// pthread_exit, with which each of Apache's children begins, loads libgcc_s by name.
+	// pthread_exit, by which the thread ends that starts those of each child, loads libgcc_s by name.
 	libgcc, err := d.library("libgcc_s.so.1")
 	if err != nil {
 		return nil, fmt.Errorf("httpd image: %w", err)

@@ -1,0 +1,68 @@
+package cni
+
+import (
+	"errors"
+	"fmt"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/podshim/podshim/internal/host"
+)
+
+func TestForgetDue(t *testing.T) {
+	n := &Network{live: map[string]struct{}{}}
+	for pod := 1; pod <= 4*forgetEvery; pod++ {
+		n.setLive(fmt.Sprint(pod), true)
+		if got, want := n.forgetDue(), pod >= manyPods && pod%forgetEvery == 0; got != want {
+			t.Errorf("with %d pods: %v", pod, got)
+		}
+	}
+	for pod := manyPods; pod <= 4*forgetEvery; pod++ {
+		n.setLive(fmt.Sprint(pod), false)
+	}
+	for range 2 * forgetEvery {
+		if n.forgetDue() {
+			t.Errorf("with %d pods, and others that come and go", manyPods-1)
+		}
+	}
+}
+
+// What is cached of a network namespace's /proc/sys goes once there are many pods.
+func TestManyPodsAreForgotten(t *testing.T) {
+	needRoot(t)
+	if err := host.ForgetProc(); errors.Is(err, unix.EPERM) || errors.Is(err, unix.ENOSYS) {
+		t.Skipf("SKIPPED: not on this machine: %v", err) // a user namespace
+	}
+	s := newScripted(t, time.Minute, map[string]string{"first": giveIP}, oneConf)
+	netns := filepath.Join(netnsDir(t), "nobody's")
+	if err := NewNetns(netns); err != nil {
+		t.Fatal(err)
+	}
+	look := func() (inode uint64) { // an entry keeps its number for as long as it is cached
+		t.Helper()
+		err := Do(netns, func() error {
+			var st unix.Stat_t
+			err := unix.Stat("/proc/sys/net/ipv4", &st)
+			inode = st.Ino
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return inode
+	}
+	before := look()
+	for i := range manyPods {
+		if _, err := s.Add(t.Context(), testPod(fmt.Sprint("p", i))); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for end := time.Now().Add(10 * time.Second); look() == before; time.Sleep(10 * time.Millisecond) { // it has no event
+		if time.Now().After(end) {
+			t.Fatalf("/proc/sys/net/ipv4 is still inode %d", before)
+		}
+	}
+}
