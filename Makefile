@@ -133,7 +133,7 @@ VM_APPEND='$(if $(LSM),security=$(LSM) selinux=1 enforcing=0)' test/vm/run.sh $(
 endef
 
 .PHONY: bench
-bench: build tools peers crio images ## podshim beside containerd and CRI-O: times, memory, CPU (twelve to twenty minutes)
+bench: build tools peers crio images ## podshim beside containerd and CRI-O: times, memory, CPU (a quarter to half an hour)
 	@$(need) $(NEED_TEST) igzip=isal
 	@go build -o $(BIN)/bench ./hack/bench && $(BIN)/bench $(ARGS)
 

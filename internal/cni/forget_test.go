@@ -3,6 +3,7 @@ package cni
 import (
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"testing"
 	"time"
@@ -63,6 +64,60 @@ func TestManyPodsAreForgotten(t *testing.T) {
 	for end := time.Now().Add(10 * time.Second); look() == before; time.Sleep(10 * time.Millisecond) { // it has no event
 		if time.Now().After(end) {
 			t.Fatalf("/proc/sys/net/ipv4 is still inode %d", before)
+		}
+	}
+}
+
+// What looking up a path of the node's takes, beside the network namespaces of 400 pods and a processor
+// whose caches hold other things.
+func BenchmarkLookUp(b *testing.B) {
+	needRoot(b)
+	dir := netnsDir(b)
+	open := func() error {
+		for _, path := range []string{"/proc/sys/net/ipv4/conf/lo/arp_notify", "/proc/sys/net/ipv6/conf/lo/accept_ra"} {
+			f, err := os.Open(path)
+			if err != nil {
+				return err
+			}
+			f.Close()
+		}
+		return nil
+	}
+	node := filepath.Join(dir, "node")
+	for i := range 401 {
+		path := filepath.Join(dir, fmt.Sprint(i))
+		if i == 0 {
+			path = node // its entries are the oldest
+		}
+		if err := NewNetns(path); err != nil {
+			b.Fatal(err)
+		}
+		if err := Do(path, open); err != nil {
+			b.Fatal(err)
+		}
+	}
+	others := make([]byte, 64<<20)
+	for _, name := range []string{"beside 400", "beside 400 that are forgotten"} {
+		b.Run(name, func(b *testing.B) {
+			for b.Loop() {
+				b.StopTimer()
+				for i := 0; i < len(others); i += 64 {
+					others[i]++
+				}
+				err := Do(node, func() error {
+					b.StartTimer()
+					err := open()
+					b.StopTimer()
+					return err
+				})
+				if err != nil {
+					b.Fatal(err)
+				}
+				b.StartTimer()
+			}
+		})
+		if err := host.ForgetProc(); err != nil {
+			b.Fatal(err)
 		}
 	}
 }
