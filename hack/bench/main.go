@@ -2,7 +2,7 @@
 // gives all of them the same work, pod by pod in turn, and prints what each step
 // took, what memory and CPU time it cost, and the ratio to podshim.
 //
-//	make bench                               everything, in twelve to twenty minutes
+//	make bench                               everything, in a quarter to half an hour
 //	make bench ARGS=-short                   the same with few pods, to try it
 //	make bench ARGS='-only sequential,pull'  some parts
 //	make bench ARGS='-write docs/performance.md'

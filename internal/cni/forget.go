@@ -3,6 +3,7 @@ package cni
 import "github.com/podshim/podshim/internal/host"
 
 // Of fewer pods than manyPods, and of forgetEvery more of them, the node's cache of /proc/sys is not felt.
+// Those that an earlier daemon attached do not count: it has forgotten them.
 const (
 	manyPods    = 32
 	forgetEvery = 16

@@ -58,13 +58,13 @@ func ext4(t *testing.T, features string) string {
 	}
 	mkfs, err := exec.LookPath("mkfs.ext4")
 	if err != nil {
-		t.Skip("mkfs.ext4 is not installed (e2fsprogs)")
+		t.Skip("SKIPPED: mkfs.ext4 is not installed (e2fsprogs)")
 	}
 	if out, err := exec.Command(mkfs, "-q", "-O", features, image).CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
 	if out, err := exec.Command("mount", "-o", "loop", image, dir).CombinedOutput(); err != nil {
-		t.Skipf("no loop device or no ext4 here: %v: %s", err, out)
+		t.Skipf("SKIPPED: no loop device or no ext4 here: %v: %s", err, out)
 	}
 	t.Cleanup(func() {
 		if out, err := exec.Command("umount", dir).CombinedOutput(); err != nil {
