@@ -2,6 +2,7 @@ package cri
 
 import (
 	"fmt"
+	"syscall"
 	"testing"
 	"time"
 
@@ -11,13 +12,12 @@ import (
 	"github.com/podshim/podshim/internal/container"
 )
 
-// BenchmarkListOf800Containers is a list on a node of 400 pods of two containers,
-// from the records to the bytes that go out.
-func BenchmarkListOf800Containers(b *testing.B) {
+// listed is what a node with 400 pods of two containers has.
+func listed() []*container.Record {
 	records := make([]*container.Record, 800)
 	for i := range records {
 		records[i] = &container.Record{
-			ID: fmt.Sprintf("%064x", i), SandboxID: fmt.Sprintf("%064x", i/2), State: container.Running,
+			ID: fmt.Sprintf("%064x", i), SandboxID: fmt.Sprintf("%064x", i/2), State: container.Running, StopSignal: syscall.SIGTERM,
 			CreatedAt: time.Unix(int64(i), 0), ImageRef: fmt.Sprintf("sha256:%064x", 1), ImageID: fmt.Sprintf("sha256:%064x", 1),
 			Config: &runtime.ContainerConfig{
 				Metadata: &runtime.ContainerMetadata{Name: "web"},
@@ -35,6 +35,13 @@ func BenchmarkListOf800Containers(b *testing.B) {
 			},
 		}
 	}
+	return records
+}
+
+// BenchmarkListOf800Containers is a list on such a node, from the records to the
+// bytes that go out.
+func BenchmarkListOf800Containers(b *testing.B) {
+	records := listed()
 	b.ReportAllocs()
 	for b.Loop() {
 		resp := &runtime.ListContainersResponse{}
@@ -46,5 +53,17 @@ func BenchmarkListOf800Containers(b *testing.B) {
 			b.Fatal(err)
 		}
 		b.SetBytes(int64(len(raw)))
+	}
+}
+
+// BenchmarkContainerStatus is the status of one of them.
+func BenchmarkContainerStatus(b *testing.B) {
+	s := &runtimeService{}
+	r := listed()[0]
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, err := proto.Marshal(&runtime.ContainerStatusResponse{Status: s.containerStatus(r)}); err != nil {
+			b.Fatal(err)
+		}
 	}
 }

@@ -59,9 +59,15 @@ type Config struct {
 	Log        *logrus.Entry
 }
 
+// workers are goroutines that answer calls and stay, with stacks that have grown
+// already: a new one's must grow anew for each message. More calls at a time get new ones.
+const workers = 2
+
 // NewServer returns a gRPC server that serves both CRI services.
 func NewServer(cfg Config) *grpc.Server {
-	options := []grpc.ServerOption{grpc.MaxRecvMsgSize(cfg.MaxMessage), grpc.MaxSendMsgSize(cfg.MaxMessage)}
+	options := []grpc.ServerOption{
+		grpc.MaxRecvMsgSize(cfg.MaxMessage), grpc.MaxSendMsgSize(cfg.MaxMessage), grpc.NumStreamWorkers(workers),
+	}
 	if cfg.Observer != nil { // outermost: it wants the codes
 		options = append(options, grpc.ChainUnaryInterceptor(cfg.Observer.Unary), grpc.ChainStreamInterceptor(cfg.Observer.Stream))
 	}

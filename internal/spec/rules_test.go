@@ -406,6 +406,11 @@ func TestStopSignal(t *testing.T) {
 			t.Errorf("%s is %d, which is %s", v, n, back)
 		}
 	}
+	for _, none := range []syscall.Signal{-1, 0, 32, 65} {
+		if v := CRISignal(none); v != runtime.Signal_SIGNAL_RUNTIME_DEFAULT {
+			t.Errorf("%d is %s", none, v)
+		}
+	}
 }
 
 func TestResolvConf(t *testing.T) {

@@ -3,6 +3,7 @@ package spec
 import (
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -33,15 +34,24 @@ func StopSignal(config *runtime.ContainerConfig, image ocispec.ImageConfig) sysc
 	return syscall.SIGTERM
 }
 
+// criSignals is the CRI's value for each signal that has one: a status is asked for
+// too often to search by name.
+var criSignals = sync.OnceValue(func() (values [sigRTMax + 1]runtime.Signal) {
+	for v := runtime.Signal_SIGNAL_SIGRTMAX; v >= runtime.Signal_SIGNAL_SIGABRT; v-- { // the first of a number's names stays
+		if n, ok := signalNumber(signalName(v)); ok {
+			values[n] = v
+		}
+	}
+	return values
+})
+
 // CRISignal is the CRI's value for a signal (ContainerStatus.stop_signal);
 // SIGNAL_RUNTIME_DEFAULT for one it has no value for.
 func CRISignal(s syscall.Signal) runtime.Signal {
-	for v := runtime.Signal_SIGNAL_SIGABRT; v <= runtime.Signal_SIGNAL_SIGRTMAX; v++ {
-		if n, ok := signalNumber(signalName(v)); ok && n == s {
-			return v
-		}
+	if s < 0 || s > sigRTMax {
+		return runtime.Signal_SIGNAL_RUNTIME_DEFAULT
 	}
-	return runtime.Signal_SIGNAL_RUNTIME_DEFAULT
+	return criSignals()[s]
 }
 
 // signalName is the usual name of a CRI signal: SIGNAL_SIGRTMINPLUS1 is SIGRTMIN+1.
