@@ -50,7 +50,7 @@ func (r *report) chart(subjects []*subject) string {
 	var legend strings.Builder
 	for i, s := range subjects[1:] {
 		fmt.Fprintf(&legend, `<rect x="%d" y="8" width="12" height="12" fill="%s"/><text x="%d" y="19">%s %s</text>`+"\n",
-			text+i*180, colours[i%len(colours)], text+i*180+16, html.EscapeString(s.name), html.EscapeString(s.version))
+			220+i*220, colours[i%len(colours)], 220+i*220+16, html.EscapeString(s.name), html.EscapeString(s.version))
 	}
 	return fmt.Sprintf(`<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 %d %d" font-family="sans-serif" font-size="12">
 <rect width="100%%" height="100%%" fill="white"/>

@@ -90,7 +90,7 @@ func parse() options {
 	flag.StringVar(&o.images, "images", "_artifacts/images", "where built test images are kept")
 	flag.StringVar(&o.write, "write", "", "Markdown file whose part between the bench's marks is to be replaced; the chart goes beside it")
 	flag.StringVar(&o.log, "logs", "_artifacts/bench", "directory for the runtimes' logs")
-	runtimes := flag.String("runtimes", "podshim,containerd,crio", "the runtimes, the first being what the others are compared with")
+	runtimes := flag.String("runtimes", "podshim,containerd,containerd-tuned,crio", "the runtimes, the first being what the others are compared with; containerd-tuned pulls only")
 	only := flag.String("only", strings.Join(parts, ","), "the parts of the work")
 	short := flag.Bool("short", false, "few pods of everything: to try the bench, not to measure")
 	pods := flag.Int("pods", 0, "pods of each runtime, one after the other; 0 is the default")

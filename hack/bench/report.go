@@ -114,6 +114,13 @@ func number(v float64) string {
 	return fmt.Sprintf("%.1f", v)
 }
 
+// measured are those that a section has values of.
+func (sec *section) measured(subjects []*subject) []*subject {
+	return slices.DeleteFunc(slices.Clone(subjects), func(s *subject) bool {
+		return !slices.ContainsFunc(sec.rows, func(one *row) bool { return len(one.values[s]) > 0 })
+	})
+}
+
 func heads(subjects []*subject) []string {
 	line := []string{""}
 	for i, s := range subjects {
@@ -127,6 +134,7 @@ func heads(subjects []*subject) []string {
 
 func (r *report) print(to io.Writer, subjects []*subject) {
 	for _, sec := range r.sections {
+		subjects := sec.measured(subjects)
 		fmt.Fprintf(to, "\n%s\n", sec.name)
 		w := tabwriter.NewWriter(to, 0, 0, 2, ' ', tabwriter.AlignRight)
 		fmt.Fprintln(w, strings.Join(heads(subjects), "\t")+"\t")
@@ -147,6 +155,7 @@ func (r *report) markdown(subjects []*subject, chart string) string {
 	fmt.Fprintf(&b, "One run, on %s, of %s, on %s. p50 is under the runtime's name; ratios are of medians, to %s.\n\n![Ratios of that run](%s)\n",
 		time.Now().Format(time.DateOnly), strings.Join(versions, ", "), machineName(), subjects[0].name, chart)
 	for _, sec := range r.sections {
+		subjects := sec.measured(subjects)
 		fmt.Fprintf(&b, "\n**%s**\n\n| %s |\n|---|%s\n", sec.name, strings.Join(heads(subjects), " | "),
 			strings.Repeat("--:|", len(heads(subjects))-1))
 		for _, one := range sec.rows {

@@ -53,12 +53,8 @@ func run(ctx context.Context, o options) (err error) {
 		return err
 	}
 	// However this ends, the namespaces end with it, and all that is in them.
-	for i, name := range o.runtimes {
-		s, err := b.start(ctx, i, name)
-		if err != nil {
-			return fmt.Errorf("start %s (its log is in %s): %w", name, o.log, err)
-		}
-		b.subjects = append(b.subjects, s)
+	if err := b.startThose(ctx, func(i int) bool { return !b.pullsOnly(i) }); err != nil {
+		return err
 	}
 	for _, part := range []struct {
 		name string
@@ -104,6 +100,25 @@ func (b *bench) serve(ctx context.Context) error {
 	}
 	b.large, err = large.Serve("127.0.0.1:0")
 	return err
+}
+
+// pullsOnly tells whether a runtime does the part "pull" alone: containerd-tuned is containerd
+// in the others, unless the others are to be compared with it.
+func (b *bench) pullsOnly(i int) bool { return i > 0 && b.runtimes[i] == containerdTuned }
+
+// startThose starts some of the runtimes, by their place among all.
+func (b *bench) startThose(ctx context.Context, which func(i int) bool) error {
+	for i, name := range b.runtimes {
+		if !which(i) {
+			continue
+		}
+		s, err := b.start(ctx, i, name)
+		if err != nil {
+			return fmt.Errorf("start %s (its log is in %s): %w", name, b.log, err)
+		}
+		b.subjects = append(b.subjects, s)
+	}
+	return nil
 }
 
 // start sets one runtime up, in a cgroup of its own, and pulls the pods' images.
@@ -185,7 +200,7 @@ func (b *bench) launch(ctx context.Context, s *subject, config private.Config) e
 	case "containerd":
 		// As a node has it: igzip, which containerd takes where it finds it, is in few.
 		_, err = peer.StartContainerd(ctx, b.peers, s.place, config, "", "CONTAINERD_DISABLE_IGZIP=1")
-	case "containerd-tuned":
+	case containerdTuned:
 		if _, err := exec.LookPath("igzip"); err != nil {
 			return err // containerd runs it where it is there
 		}
@@ -201,6 +216,8 @@ func (b *bench) launch(ctx context.Context, s *subject, config private.Config) e
 	}
 	return err
 }
+
+const containerdTuned = "containerd-tuned"
 
 // tuned is how containerd pulls fastest.
 const tuned = `[plugins."io.containerd.transfer.v1.local"]
