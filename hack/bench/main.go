@@ -51,7 +51,7 @@ type sizes struct {
 	together int           // pods at a time
 	standing int           // pods that stay, while memory and lists are measured
 	polls    int           // seconds of kubelet-like polling
-	calls    int           // of each list and status
+	calls    int           // of each list; of each status four times as many
 	crowd    int           // pods of podshim alone
 	turns    int           // of few of them and all
 	rest     time.Duration // before each, see rest
@@ -59,7 +59,7 @@ type sizes struct {
 }
 
 var (
-	fullSizes  = sizes{pods: 40, batches: 6, together: 6, standing: 100, polls: 20, calls: 100, crowd: 400, turns: 6, rest: 10 * time.Second, pulls: 3}
+	fullSizes  = sizes{pods: 40, batches: 6, together: 6, standing: 100, polls: 20, calls: 100, crowd: 400, turns: 6, rest: 10 * time.Second, pulls: 4}
 	shortSizes = sizes{pods: 5, batches: 1, together: 6, standing: 10, polls: 3, calls: 5, crowd: 20, turns: 1, pulls: 1}
 )
 
@@ -90,7 +90,7 @@ func parse() options {
 	flag.StringVar(&o.images, "images", "_artifacts/images", "where built test images are kept")
 	flag.StringVar(&o.write, "write", "", "Markdown file whose part between the bench's marks is to be replaced; the chart goes beside it")
 	flag.StringVar(&o.log, "logs", "_artifacts/bench", "directory for the runtimes' logs")
-	runtimes := flag.String("runtimes", "podshim,containerd,containerd-tuned,crio", "the runtimes, the first being what the others are compared with; containerd-tuned pulls only")
+	runtimes := flag.String("runtimes", "podshim,containerd,containerd-tuned,crio", "the runtimes, the first being what the others are compared with; containerd-tuned, unless first, takes part in pull only")
 	only := flag.String("only", strings.Join(parts, ","), "the parts of the work")
 	short := flag.Bool("short", false, "few pods of everything: to try the bench, not to measure")
 	pods := flag.Int("pods", 0, "pods of each runtime, one after the other; 0 is the default")

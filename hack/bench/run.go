@@ -52,6 +52,9 @@ func run(ctx context.Context, o options) (err error) {
 	if err := b.serve(ctx); err != nil {
 		return err
 	}
+	if !o.does("pull") && slices.Contains(o.runtimes[1:], containerdTuned) {
+		fmt.Fprintf(os.Stderr, "bench: %s is left out: it takes part in pull only\n", containerdTuned)
+	}
 	// However this ends, the namespaces end with it, and all that is in them.
 	if err := b.startThose(ctx, func(i int) bool { return !b.pullsOnly(i) }); err != nil {
 		return err
@@ -72,6 +75,7 @@ func run(ctx context.Context, o options) (err error) {
 		}
 		fmt.Fprintf(os.Stderr, "bench: %s\n", part.name)
 		if err := part.do(ctx); err != nil {
+			b.report.print(os.Stdout, b.subjects) // what is measured is not lost
 			return fmt.Errorf("%s: %w", part.name, err)
 		}
 	}
@@ -102,8 +106,8 @@ func (b *bench) serve(ctx context.Context) error {
 	return err
 }
 
-// pullsOnly tells whether a runtime does the part "pull" alone: containerd-tuned is containerd
-// in the others, unless the others are to be compared with it.
+// pullsOnly tells whether a runtime, by its place among all, takes part in pull alone:
+// containerd-tuned is nothing but containerd elsewhere. The first takes part in everything.
 func (b *bench) pullsOnly(i int) bool { return i > 0 && b.runtimes[i] == containerdTuned }
 
 // startThose starts some of the runtimes, by their place among all.

@@ -23,16 +23,16 @@ const settleTime = 10 * time.Second
 
 // idle measures runtimes that have pulled an image and run nothing.
 func (b *bench) idle(ctx context.Context) error {
-	return b.memory(ctx, "idle", "memory before the first pod", func(s *subject, bytes int64) float64 {
+	return b.memory(ctx, b.subjects, "idle", "memory before the first pod", func(s *subject, bytes int64) float64 {
 		return float64(bytes) / 1e6
 	}, "MB")
 }
 
-func (b *bench) memory(ctx context.Context, section, row string, of func(*subject, int64) float64, unit string) error {
+func (b *bench) memory(ctx context.Context, subjects []*subject, section, row string, of func(*subject, int64) float64, unit string) error {
 	if err := sleep(ctx, settleTime); err != nil {
 		return err
 	}
-	for _, s := range b.subjects {
+	for _, s := range subjects {
 		bytes, err := s.pss()
 		if err != nil {
 			return err
@@ -149,7 +149,7 @@ func (b *bench) together(ctx context.Context, pods []*pod, do func(context.Conte
 func (b *bench) standing(ctx context.Context) error {
 	section := fmt.Sprintf("with %d pods, bridge network", b.sizes.standing)
 	empty := map[*subject]int64{}
-	err := b.memory(ctx, section, "memory before", func(s *subject, bytes int64) float64 {
+	err := b.memory(ctx, b.subjects, section, "memory before", func(s *subject, bytes int64) float64 {
 		empty[s] = bytes
 		return float64(bytes) / 1e6
 	}, "MB")
@@ -172,7 +172,7 @@ func (b *bench) standing(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	err = b.memory(ctx, section, "memory per pod", func(s *subject, bytes int64) float64 {
+	err = b.memory(ctx, b.subjects, section, "memory per pod", func(s *subject, bytes int64) float64 {
 		return float64(bytes-empty[s]) / 1e3 / float64(b.sizes.standing)
 	}, "kB")
 	if err != nil {
@@ -194,14 +194,15 @@ func (b *bench) standing(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	return b.memory(ctx, section, "memory after they are gone", func(_ *subject, bytes int64) float64 {
+	return b.memory(ctx, b.subjects, section, "memory after they are gone", func(_ *subject, bytes int64) float64 {
 		return float64(bytes) / 1e6
 	}, "MB")
 }
 
 // lists times what kubelet asks all the time, call by call: right after another runtime has
 // read the stats of all its pods, the machine is not the same as after a status. A runtime is
-// asked for its version before each. Statuses are asked for several in a row, as kubelet does.
+// asked for its version before each. Statuses come in four rounds, and the first, after a pause,
+// is told from the others too: a runtime's caches are cold then.
 func (b *bench) lists(ctx context.Context, section string, subjects []*subject, pods map[*subject][]*pod) error {
 	for turn := range b.sizes.calls {
 		for _, call := range []struct {
@@ -230,7 +231,8 @@ func (b *bench) lists(ctx context.Context, section string, subjects []*subject, 
 				return errors.Join(err, atLeast(len(r.GetStats()), len(pods[s])))
 			}},
 		} {
-			if call.name == "ListPodSandboxStats" || call.name == "ContainerStatus" {
+			paused := call.name == "ListPodSandboxStats" || call.name == "ContainerStatus"
+			if paused {
 				// podshim answers from what it has read in the last 200 ms; kubelet asks less often.
 				// And what the stats left, garbage above all, is not the next status's.
 				if err := sleep(ctx, 250*time.Millisecond); err != nil {
@@ -238,9 +240,14 @@ func (b *bench) lists(ctx context.Context, section string, subjects []*subject, 
 				}
 			}
 			for i := range call.times {
-				if err := b.list(ctx, section, call.name, subjects, func(s *subject) error {
+				rows := []string{call.name}
+				if paused && i == 0 && call.times > 1 {
+					rows = append(rows, "the first "+call.name+" after a pause")
+				}
+				err := b.list(ctx, section, rows, subjects, func(s *subject) error {
 					return call.do(s, pods[s][(turn*call.times+i)%len(pods[s])])
-				}); err != nil {
+				})
+				if err != nil {
 					return err
 				}
 			}
@@ -249,18 +256,23 @@ func (b *bench) lists(ctx context.Context, section string, subjects []*subject, 
 	return nil
 }
 
-// list times one call of each runtime. Whose garbage collection, say, runs into whose call is
-// left to chance.
-func (b *bench) list(ctx context.Context, section, call string, subjects []*subject, do func(*subject) error) error {
+// list times one call of each runtime, for one or more rows. Whose garbage collection, say, runs
+// into whose call is left to chance.
+func (b *bench) list(ctx context.Context, section string, rows []string, subjects []*subject, do func(*subject) error) error {
 	for _, i := range rand.Perm(len(subjects)) {
 		s := subjects[i]
 		// Else the first call after others' pays for a process that sleeps, whosever it is.
-		_, err := s.rpc.Version(ctx, &runtime.VersionRequest{})
-		if err == nil {
-			err = b.report.timer(section, s).time(call, func() error { return do(s) })
-		}
-		if err != nil {
+		if _, err := s.rpc.Version(ctx, &runtime.VersionRequest{}); err != nil {
 			return fmt.Errorf("%s: %w", s.name, err)
+		}
+		start := time.Now()
+		err := do(s)
+		took := time.Since(start)
+		if err != nil {
+			return fmt.Errorf("%s: %s: %w", s.name, rows[0], err)
+		}
+		for _, row := range rows {
+			b.report.add(section, row, "ms", s, ms(took))
 		}
 	}
 	return nil
@@ -475,7 +487,11 @@ func (b *bench) rest(ctx context.Context) error {
 
 // pull pulls the large images, which no runtime has.
 func (b *bench) pull(ctx context.Context) error {
+	others := b.subjects
 	if err := b.startThose(ctx, b.pullsOnly); err != nil {
+		return err
+	}
+	if err := b.rest(ctx); err != nil { // after the start
 		return err
 	}
 	for _, image := range []struct{ name, row string }{
@@ -503,7 +519,8 @@ func (b *bench) pull(ctx context.Context) error {
 			return err
 		}
 	}
-	return b.memory(ctx, "images", "memory after the pulls", func(_ *subject, bytes int64) float64 {
+	// Of those that have run what was before: else it says who has just started.
+	return b.memory(ctx, others, "images", "memory after the pulls", func(_ *subject, bytes int64) float64 {
 		return float64(bytes) / 1e6
 	}, "MB")
 }

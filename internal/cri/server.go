@@ -60,7 +60,7 @@ type Config struct {
 }
 
 // workers are goroutines that answer calls and stay, with stacks that have grown
-// already: a new one's must grow anew for each message. More calls at a time get new ones.
+// already: a new one's grows anew in each call. When all are busy a call gets a new one.
 const workers = 2
 
 // NewServer returns a gRPC server that serves both CRI services.

@@ -3,7 +3,6 @@ package spec
 import (
 	"strconv"
 	"strings"
-	"sync"
 	"syscall"
 
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -34,24 +33,13 @@ func StopSignal(config *runtime.ContainerConfig, image ocispec.ImageConfig) sysc
 	return syscall.SIGTERM
 }
 
-// criSignals is the CRI's value for each signal that has one: a status is asked for
-// too often to search by name.
-var criSignals = sync.OnceValue(func() (values [sigRTMax + 1]runtime.Signal) {
-	for v := runtime.Signal_SIGNAL_SIGRTMAX; v >= runtime.Signal_SIGNAL_SIGABRT; v-- { // the first of a number's names stays
-		if n, ok := signalNumber(signalName(v)); ok {
-			values[n] = v
-		}
-	}
-	return values
-})
-
 // CRISignal is the CRI's value for a signal (ContainerStatus.stop_signal);
 // SIGNAL_RUNTIME_DEFAULT for one it has no value for.
 func CRISignal(s syscall.Signal) runtime.Signal {
-	if s < 0 || s > sigRTMax {
-		return runtime.Signal_SIGNAL_RUNTIME_DEFAULT
+	if s >= sigRTMin && s <= sigRTMax { // in the order of their numbers there too
+		return runtime.Signal_SIGNAL_SIGRTMIN + runtime.Signal(s-sigRTMin)
 	}
-	return criSignals()[s]
+	return runtime.Signal(runtime.Signal_value["SIGNAL_"+unix.SignalName(s)])
 }
 
 // signalName is the usual name of a CRI signal: SIGNAL_SIGRTMINPLUS1 is SIGRTMIN+1.
