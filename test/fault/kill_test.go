@@ -46,6 +46,18 @@ func TestDaemonKilledAtRandom(t *testing.T) {
 		clients.Wait()
 	})
 	t.Cleanup(end)
+	// The first pods are made undisturbed, beside one another: twice what they take is the
+	// longest life of a daemon, or no pod would ever be up on a slow or busy machine.
+	since := time.Now()
+	for _, c := range all {
+		clients.Go(func() {
+			if err := c.pod(); err != nil {
+				t.Errorf("the first pod of a client: %v", err)
+			}
+		})
+	}
+	clients.Wait()
+	k.life = max(time.Second, 2*time.Since(since))
 	for _, c := range all {
 		clients.Go(func() { c.run(done) })
 	}
@@ -73,8 +85,8 @@ func TestDaemonKilledAtRandom(t *testing.T) {
 			}
 		}
 	}
-	figures(t, "%d kills, %d of them before the daemon answered; %d pods, %d calls cut off and asked again; %d ends of containers, %d of them while no daemon was there; reported at most %v after the kernel's",
-		k.strikes, k.early, pods, k.cut.Load(), ends, alone, late)
+	figures(t, "%d kills, %d of them before the daemon answered, else within %v; %d pods, %d calls cut off and asked again; %d ends of containers, %d of them while no daemon was there; reported at most %v after the kernel's",
+		k.strikes, k.early, k.life, pods, k.cut.Load(), ends, alone, late)
 	if alone == 0 && !testing.Short() {
 		t.Error("no container has ended while no daemon was there")
 	}
@@ -142,9 +154,13 @@ type killer struct {
 	cut   atomic.Int64
 	over  <-chan struct{} // closed after the last strike
 	gaps  []span          // in which there was no daemon
+	life  time.Duration   // a daemon's longest
 
-	mu   sync.Mutex
-	dead chan struct{} // closed while there is no daemon
+	// alone is held for reading while a container ends without a daemon: none is
+	// started meanwhile.
+	alone sync.RWMutex
+	mu    sync.Mutex
+	dead  chan struct{} // closed while there is no daemon
 }
 
 type span struct{ from, to time.Time }
@@ -158,14 +174,27 @@ func (k *killer) next() <-chan struct{} {
 
 // rises notes that a daemon is about to be started.
 func (k *killer) rises() {
+	k.alone.Lock()
+	defer k.alone.Unlock()
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.gaps[len(k.gaps)-1].to = time.Now()
 	k.dead = make(chan struct{})
 }
 
+// without does something while there is no daemon, or after the last kill.
+func (k *killer) without(do func() error) error {
+	select {
+	case <-k.next():
+		k.alone.RLock()
+		defer k.alone.RUnlock()
+	case <-k.over:
+	}
+	return do()
+}
+
 func (k *killer) strike() {
-	k.pause(time.Second)
+	k.pause(k.life)
 	k.kill()
 	for k.random.IntN(4) == 0 {
 		// In the middle of its start, too.
@@ -343,20 +372,24 @@ func (c *churner) quit(p *churned) error {
 	if err != nil {
 		return err
 	}
-	if c.random.IntN(3) == 0 {
-		select {
-		case <-c.k.next():
-		case <-c.k.over:
+	var from, gone time.Time
+	end := func() error {
+		from = time.Now()
+		if err := os.WriteFile(filepath.Join(p.volume, "end"), nil, 0o600); err != nil {
+			return err
 		}
-	}
-	from := time.Now()
-	if err := os.WriteFile(filepath.Join(p.volume, "end"), nil, 0o600); err != nil {
+		err := process.WaitGone(harness.Limit)
+		gone = time.Now()
 		return err
 	}
-	if err := process.WaitGone(harness.Limit); err != nil {
+	if c.random.IntN(3) == 0 {
+		err = c.k.without(end)
+	} else {
+		err = end()
+	}
+	if err != nil {
 		return err
 	}
-	gone := time.Now()
 	c.ends = append(c.ends, span{from, gone})
 	answer, err := call(c.k, c.n.Runtime.ContainerStatus, &cri.ContainerStatusRequest{ContainerId: p.quits})
 	for err == nil && answer.Status.State == cri.ContainerState_CONTAINER_RUNNING && time.Since(gone) < harness.Limit {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
@@ -144,10 +145,13 @@ func TestEveryStep(t *testing.T) {
 	n := start(t, harness.Options{Spawn: trap.spawn})
 	trap.n = n
 	s := &steps{trap: trap, n: n}
-	// The first pod makes what all pods share: the bridge, the network's files.
+	// The first pod makes what all pods share: the bridge, the network's files. Its
+	// snapshot goes a moment later, which is no step of the next pod.
+	layers := snapshots(n)
 	if err := s.clear(s.subject(t, up(2))); err != nil {
 		t.Fatal(err)
 	}
+	asked(t, "the first container's snapshot is deleted", func() bool { return slices.Equal(snapshots(n), layers) })
 	s.empty = lasting(n)
 	for _, o := range operations {
 		t.Run(o.name, func(t *testing.T) {
@@ -178,6 +182,12 @@ func TestEveryStep(t *testing.T) {
 			}
 		})
 	}
+}
+
+// snapshots lists the directories of a node's layers and containers' roots.
+func snapshots(n *harness.Node) []string {
+	dirs, _ := filepath.Glob(filepath.Join(n.Root, "images", "snapshots", "*"))
+	return dirs
 }
 
 // documented finds steps that no table of docs/reliability.md has: their first columns
