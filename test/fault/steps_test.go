@@ -157,6 +157,7 @@ func TestEveryStep(t *testing.T) {
 		t.Run(o.name, func(t *testing.T) {
 			s.n = n.With(t)
 			points := s.record(t, o.before, o.call)
+			s.nothingSince(t, s.empty, "after the record")
 			documented(t, points)
 			var missed []string
 			for i, point := range points {
