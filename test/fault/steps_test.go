@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
@@ -147,11 +146,11 @@ func TestEveryStep(t *testing.T) {
 	s := &steps{trap: trap, n: n}
 	// The first pod makes what all pods share: the bridge, the network's files. Its
 	// snapshot goes a moment later, which is no step of the next pod.
-	layers := snapshots(n)
+	layers := n.SnapshotDirs()
 	if err := s.clear(s.subject(t, up(2))); err != nil {
 		t.Fatal(err)
 	}
-	asked(t, "the first container's snapshot is deleted", func() bool { return slices.Equal(snapshots(n), layers) })
+	asked(t, "the first container's snapshot is deleted", func() bool { return slices.Equal(n.SnapshotDirs(), layers) })
 	s.empty = lasting(n)
 	for _, o := range operations {
 		t.Run(o.name, func(t *testing.T) {
@@ -183,12 +182,6 @@ func TestEveryStep(t *testing.T) {
 			}
 		})
 	}
-}
-
-// snapshots lists the directories of a node's layers and containers' roots.
-func snapshots(n *harness.Node) []string {
-	dirs, _ := filepath.Glob(filepath.Join(n.Root, "images", "snapshots", "*"))
-	return dirs
 }
 
 // documented finds steps that no table of docs/reliability.md has: their first columns

@@ -360,7 +360,7 @@ func (d *daemon) waitNoSnapshots(limit time.Duration) []string {
 	defer watch.Close()
 	until := time.After(limit)
 	for {
-		dirs := d.snapshotDirs()
+		dirs := d.SnapshotDirs()
 		if len(dirs) == 0 {
 			return nil
 		}
@@ -368,7 +368,7 @@ func (d *daemon) waitNoSnapshots(limit time.Duration) []string {
 			return append(dirs, err.Error())
 		}
 		// What went away before the watch began raises no event.
-		if len(d.snapshotDirs()) < len(dirs) {
+		if len(d.SnapshotDirs()) < len(dirs) {
 			continue
 		}
 		select {
@@ -379,8 +379,8 @@ func (d *daemon) waitNoSnapshots(limit time.Duration) []string {
 	}
 }
 
-// snapshotDirs lists the directories of the overlay snapshotter.
-func (d *daemon) snapshotDirs() []string {
+// SnapshotDirs lists the directories of the overlay snapshotter: layers and containers' roots.
+func (d *daemon) SnapshotDirs() []string {
 	var dirs []string
 	_ = filepath.WalkDir(d.Root, func(path string, e fs.DirEntry, err error) error {
 		if err != nil || !e.IsDir() {
